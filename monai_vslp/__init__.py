@@ -1,0 +1,7 @@
+"""Variational segmentation from label proportions, as a plugin for MONAI.
+
+Turns the tissue percentages of a pathology report into pixel-level tissue maps: a network trained from
+proportions alone gives pixel-wise confidences, a variational problem fuses them with the proportions.
+"""
+
+__version__ = "0.1.0"

@@ -189,13 +189,13 @@ def _refine_one(
 
 def _check_confidence(confidence: torch.Tensor) -> None:
     if confidence.ndim not in (3, 4):
-        raise InputError(
-            f"refine: confidence must have shape [C, H, W] or [B, C, H, W], got {list(confidence.shape)}."
-        )
+        raise InputError(f"refine: confidence must have shape [C, H, W] or [B, C, H, W], got {list(confidence.shape)}.")
     if not confidence.is_floating_point():
         raise InputError(f"refine: confidence must be floating point on the simplex, got {confidence.dtype}.")
     if not bool(torch.isfinite(confidence).all()) or float(confidence.min()) < -1e-4:
-        raise InputError("refine: confidence has negative, NaN or infinite values; pass probabilities (softmax, not logits).")
+        raise InputError(
+            "refine: confidence has negative, NaN or infinite values; pass probabilities (softmax, not logits)."
+        )
     worst = float((confidence.sum(dim=-3) - 1).abs().max())
     if worst > 1e-2:
         raise InputError(
@@ -252,8 +252,8 @@ def refine(
 
     Args:
         confidence: :math:`q`, shape ``[C, H, W]`` or ``[B, C, H, W]``, float32 or float64, on the simplex.
-        proportions: :math:`p`, fractions of the tissue area, shape ``[C]`` or ``[B, C]``; None leaves them free. Classes
-            of proportion 0 do not occur in the result.
+        proportions: :math:`p`, fractions of the tissue area, shape ``[C]`` or ``[B, C]``; None leaves them free.
+            Classes of proportion 0 do not occur in the result.
         mass: tissue per pixel, shape ``[H, W]`` or ``[B, H, W]``, non-negative, any scale; 0 is background, which takes
             no part (its ``u`` is the softmax of its costs and ψ). All ones by default.
         image: shape ``[channels, H, W]`` or ``[B, channels, H, W]``, any dtype; only its edges are used.

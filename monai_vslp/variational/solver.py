@@ -21,6 +21,7 @@ class Regularizer(Protocol):
 
     def value_and_gradient(self, u: torch.Tensor) -> tuple[float, torch.Tensor]: ...
 
+
 LOG_FLOOR = -80.0  # keeps differences of logarithms finite in float32; exp(-80) is 0 beside anything else
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +11,7 @@ __all__ = ["TransportResult", "solve_transport", "transport_plan"]
 
 # Columns per chunk: C x 32768 float32 values stay in a core's cache between the handful of operations of one pass.
 CHUNK = 32768
+STEP_LIMIT = 10.0  # largest Newton step, in units of the smoothing h
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,14 @@ def solve_transport(
                   - h \sum_i a_i \log\sum_k e^{(Z_{ik} + \psi_k)/h},
         \qquad u_i = \operatorname{softmax}((Z_i + \psi)/h),
 
-    whose first term is :math:`\langle p, \psi\rangle` for :math:`\rho = \infty` (hard marginal). The maximiser gives the
-    minimiser of :math:`\sum_i a_i(-\langle Z_i,u_i\rangle + h\langle u_i,\log u_i\rangle) + \rho\,\mathrm{KL}(\bar u\|p)`
-    over simplex-valued :math:`u`, where :math:`\bar u = \sum_i a_i u_i`.
+    whose first term is :math:`\langle p, \psi\rangle` for :math:`\rho = \infty` (hard marginal). The maximiser gives
+    the minimiser over simplex-valued :math:`u`, with :math:`\bar u = \sum_i a_i u_i`, of
 
-    Newton's method on C unknowns, damped by a line search on :math:`F`; where a Newton step fails (flat regions at small
-    :math:`h`) a Sinkhorn step, which always ascends, is taken instead. Each pass over the pixels adds up C + C² + 1
-    numbers only.
+    .. math:: \sum_i a_i(-\langle Z_i,u_i\rangle + h\langle u_i,\log u_i\rangle) + \rho\,\mathrm{KL}(\bar u\|p).
+
+    Newton's method on C unknowns, damped by a line search on :math:`F`; where a Newton step fails a Sinkhorn step,
+    which always ascends, is taken instead. Where that stalls too (flat :math:`F` at small :math:`h`) the problem is first
+    solved with four times the smoothing. Each pass over the pixels adds up C + C² + 1 numbers only.
 
     Args:
         scores: :math:`Z`, shape ``[C, N]``, float32 or float64; no unit (negative log probabilities).
@@ -132,9 +134,37 @@ def solve_transport(
     active = p_all > 0
     p = p_all[active]
     z = scores if bool(active.all()) else scores[active]
+    start = torch.zeros_like(p) if psi is None else psi.to(device=device, dtype=torch.float64)[active]
+    start = torch.where(torch.isfinite(start), start, torch.zeros_like(start))
+    result = _newton(z, mass, p, smoothing, trust, start, tolerance, max_iterations)
+    coarsest = smoothing
+    while not result.converged and coarsest < 4.0 * float(z.max() - z.min()):
+        coarsest *= 4.0
+        point, level = result.psi, coarsest
+        while level >= smoothing:
+            result = _newton(z, mass, p, level, trust, point, tolerance, max_iterations)
+            point, level = result.psi, level / 4.0
+
+    potentials = torch.full_like(p_all, -math.inf)
+    potentials[active] = result.psi - torch.dot(p, result.psi) if math.isinf(trust) else result.psi
+    marginal = torch.zeros_like(p_all)
+    marginal[active] = result.marginal
+    return replace(result, psi=potentials, marginal=marginal)
+
+
+def _newton(
+    z: torch.Tensor,
+    mass: torch.Tensor,
+    p: torch.Tensor,
+    smoothing: float,
+    trust: float,
+    start: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> TransportResult:
+    """Damped Newton ascent of :func:`solve_transport` from ``start``, over classes of positive proportion."""
     hard = math.isinf(trust)
-    current = torch.zeros_like(p) if psi is None else psi.to(device=device, dtype=torch.float64)[active].clone()
-    current = torch.where(torch.isfinite(current), current, torch.zeros_like(current))
+    current = start
 
     def evaluate(point: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
         sums = _one_pass(z, mass, point, smoothing)
@@ -151,8 +181,10 @@ def solve_transport(
     residual = float(gradient.abs().sum())
     while residual > tolerance and iterations < max_iterations:
         iterations += 1
-        ridge = 1e-12 * torch.eye(len(p), dtype=torch.float64, device=device)
+        ridge = 1e-12 * torch.eye(len(p), dtype=torch.float64, device=z.device)
         direction = torch.linalg.solve(hessian + ridge, gradient)
+        # Softmax changes on the scale of h: what the quadratic model says much further out means nothing.
+        direction = direction * min(1.0, STEP_LIMIT * smoothing / max(float(direction.abs().max()), 1e-300))
         slope = float(torch.dot(gradient, direction))
         accepted = None
         if math.isfinite(slope) and slope > 0:
@@ -177,10 +209,4 @@ def solve_transport(
         current, (value, gradient, hessian, marginal) = accepted
         residual = float(gradient.abs().sum())
 
-    if hard:
-        current = current - torch.dot(p, current)
-    psi_all = torch.full_like(p_all, -math.inf)
-    psi_all[active] = current
-    marginal_all = torch.zeros_like(p_all)
-    marginal_all[active] = marginal
-    return TransportResult(psi_all, marginal_all, residual, value, iterations, passes, residual <= tolerance)
+    return TransportResult(current, marginal, residual, value, iterations, passes, residual <= tolerance)

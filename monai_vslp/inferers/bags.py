@@ -1,0 +1,59 @@
+"""Inferers of training: two aligned views of a bag, and the proportions that a network predicts for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+
+from monai_vslp.networks.confidence import pool_proportions
+from monai_vslp.networks.tta import SYMMETRIES
+
+__all__ = ["ProportionInferer", "TwoViewInferer"]
+
+
+def _is_features(inputs: torch.Tensor) -> bool:
+    """Cached features come as ``[B, V, F, h, w]``, images as ``[B, 3, H, W]``."""
+    return inputs.ndim == 5
+
+
+class TwoViewInferer(Inferer):
+    """Logits of two views of each bag on one token grid, for proportion and consistency losses.
+
+    Of cached features two different views are drawn at random; an image is seen as it is and under a random symmetry of
+    the square. Draws come from torch's global generator, so that seeding it makes training repeatable.
+    """
+
+    def __call__(self, inputs: torch.Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        Args:
+            inputs: features ``[B, V, F, h, w]`` or images ``[B, 3, H, W]`` in [0, 1], sides multiples of the stride.
+            network: a network with ``features`` and ``head``.
+
+        Returns:
+            Logits ``[B, 2, C, h, w]`` of the two views, aligned.
+        """
+        if _is_features(inputs):
+            chosen = torch.randperm(inputs.shape[1])[:2].tolist()
+            return torch.stack([network.head(inputs[:, view]) for view in (chosen[0], chosen[-1])], dim=1)
+        view = SYMMETRIES[int(torch.randint(1, len(SYMMETRIES), ()))]
+        plain = network.head(network.features(inputs))
+        turned = view.inverse(network.head(network.features(view.forward(inputs))))
+        return torch.stack([plain, turned], dim=1)
+
+
+class ProportionInferer(Inferer):
+    """Proportions ``[B, C]`` that a network predicts for bags; the first view of cached features is used."""
+
+    def __call__(
+        self, inputs: torch.Tensor, network: torch.nn.Module, mass: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs: features ``[B, V, F, h, w]`` or images ``[B, 3, H, W]`` in [0, 1].
+            network: a network with ``features`` and ``head``.
+            mass: tissue ``[B, 1, H', W']`` at the resolution of pixels or tokens.
+        """
+        features = inputs[:, 0] if _is_features(inputs) else network.features(inputs)
+        return pool_proportions(network.head(features).softmax(dim=1), mass)

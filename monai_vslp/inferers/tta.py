@@ -22,9 +22,7 @@ class TTAInferer(Inferer):
         amp: run the network in bfloat16, about twice as fast on processors and GPUs that compute in it.
     """
 
-    def __init__(
-        self, views: str | Sequence[View] = "shifted_symmetries", output: str = "mean", amp: bool = False
-    ) -> None:
+    def __init__(self, views: str | Sequence[View] = "shifted_symmetries", output: str = "mean", amp: bool = False) -> None:
         self.views, self.output, self.amp = views, output, amp
 
     def __call__(self, inputs: torch.Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,1 +1,17 @@
-"""networks"""
+"""Networks that turn images into class confidences, and their test-time augmentation."""
+
+from monai_vslp.networks.backbone import TokenBackbone, load_weights
+from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions
+from monai_vslp.networks.heads import DenseHead, PatchHead
+from monai_vslp.networks.tta import TTA_GROUPS, TTAConfidence
+
+__all__ = [
+    "TTA_GROUPS",
+    "ConfidenceNet",
+    "DenseHead",
+    "PatchHead",
+    "TTAConfidence",
+    "TokenBackbone",
+    "load_weights",
+    "pool_proportions",
+]

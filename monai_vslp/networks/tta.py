@@ -210,7 +210,11 @@ class TTAConfidence:
     """
 
     def __init__(
-        self, views: str | Sequence[View] = "shifted_symmetries", output: str = "mean", stride: int = 16, softmax: bool = True
+        self,
+        views: str | Sequence[View] = "shifted_symmetries",
+        output: str = "mean",
+        stride: int = 16,
+        softmax: bool = True,
     ) -> None:
         self.output = look_up_option(output, ("mean", "spread", "mean_spread", "stack"))
         self.views = TTA_GROUPS[look_up_option(views, TTA_GROUPS.names)](stride) if isinstance(views, str) else list(views)

@@ -1,1 +1,4 @@
-"""transforms"""
+"""MONAI transforms of this project: array and dictionary pairs."""
+
+from monai_vslp.transforms.image import *  # noqa: F403
+from monai_vslp.transforms.refinement import *  # noqa: F403

@@ -108,9 +108,7 @@ class RandStainJitterd(RandomizableTransform, MapTransform):
         RandomizableTransform.__init__(self, 1.0)
         self.jitter = RandStainJitter(prob, strength)
 
-    def set_random_state(
-        self, seed: int | None = None, state: np.random.RandomState | None = None
-    ) -> RandStainJitterd:
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> RandStainJitterd:
         super().set_random_state(seed, state)
         self.jitter.set_random_state(seed, state)
         return self

@@ -193,9 +193,7 @@ def _check_confidence(confidence: torch.Tensor) -> None:
     if not confidence.is_floating_point():
         raise InputError(f"refine: confidence must be floating point on the simplex, got {confidence.dtype}.")
     if not bool(torch.isfinite(confidence).all()) or float(confidence.min()) < -1e-4:
-        raise InputError(
-            "refine: confidence has negative, NaN or infinite values; pass probabilities (softmax, not logits)."
-        )
+        raise InputError("refine: confidence has negative, NaN or infinite values; pass probabilities (softmax, not logits).")
     worst = float((confidence.sum(dim=-3) - 1).abs().max())
     if worst > 1e-2:
         raise InputError(
@@ -217,8 +215,7 @@ def _check_proportions(proportions: torch.Tensor, classes: int, batch: int) -> t
     total = p.sum(dim=1, keepdim=True)
     if float((total - 1).abs().max()) > 0.02:
         raise ProportionError(
-            f"refine: proportions are fractions that sum to 1, got sums {total.flatten().tolist()}; "
-            "divide percentages by 100."
+            f"refine: proportions are fractions that sum to 1, got sums {total.flatten().tolist()}; divide percentages by 100."
         )
     return p / total
 

@@ -21,9 +21,7 @@ def noisy_map(seed=0, size=(64, 80), classes=3, noise=1.5):
 
 
 def miou(labels, truth, classes=3):
-    scores = [
-        ((labels == k) & (truth == k)).sum() / ((labels == k) | (truth == k)).sum().clamp_min(1) for k in range(classes)
-    ]
+    scores = [((labels == k) & (truth == k)).sum() / ((labels == k) | (truth == k)).sum().clamp_min(1) for k in range(classes)]
     return float(torch.stack(scores).mean())
 
 
@@ -88,9 +86,7 @@ def test_energy_never_rises_and_simplex_holds(dtype, trust, multigrid):
 
 def test_proportions_and_regularizer_help_together():
     """In kind, the synthetic table of the method: argmax < one term alone < both; soft trust wins where p is off."""
-    scores: dict[str, list[float]] = {
-        name: [] for name in ("argmax", "transport", "tv", "both", "hard_off", "soft_off")
-    }
+    scores: dict[str, list[float]] = {name: [] for name in ("argmax", "transport", "tv", "both", "hard_off", "soft_off")}
     for seed in range(4):
         q, labels, p = noisy_map(seed, size=(128, 128))
         wrong = p * torch.exp(0.5 * torch.randn(3, generator=torch.Generator().manual_seed(seed)))

@@ -1,1 +1,34 @@
-"""data"""
+"""Tables, proportions, raters, images, slides, bags and synthetic tissue."""
+
+from monai_vslp.data.bags import (
+    FeatureBagDataset,
+    collate_bags,
+    fingerprint,
+    predicted_and_given,
+    prepare_bags,
+)
+from monai_vslp.data.cohort import Cohort, Record, read_cohort, write_table
+from monai_vslp.data.images import check_images, image_size, list_images, read_image
+from monai_vslp.data.proportions import ProportionLabel, combine_raters, parse_entry, parse_row
+from monai_vslp.data.raters import simulate_raters
+
+__all__ = [
+    "Cohort",
+    "FeatureBagDataset",
+    "ProportionLabel",
+    "Record",
+    "check_images",
+    "collate_bags",
+    "combine_raters",
+    "fingerprint",
+    "image_size",
+    "list_images",
+    "parse_entry",
+    "parse_row",
+    "predicted_and_given",
+    "prepare_bags",
+    "read_cohort",
+    "read_image",
+    "simulate_raters",
+    "write_table",
+]

@@ -95,7 +95,8 @@ class ProportionLabel:
     def from_dict(cls, value: Mapping[str, Any]) -> ProportionLabel:
         """Inverse of :meth:`to_dict`."""
         arrays = {key: np.asarray(value[key], dtype=np.float64) for key in ("mean", "lower", "upper", "spread")}
-        return cls(tuple(value["classes"]), **arrays, missing=np.asarray(value["missing"], dtype=bool), raters=int(value["raters"]))  # fmt: skip
+        missing = np.asarray(value["missing"], dtype=bool)
+        return cls(tuple(value["classes"]), **arrays, missing=missing, raters=int(value["raters"]))
 
 
 def _number(text: str) -> float:

@@ -3,9 +3,10 @@
 from monai_vslp.networks.backbone import TokenBackbone, load_weights
 from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions
 from monai_vslp.networks.heads import DenseHead, PatchHead
-from monai_vslp.networks.tta import TTA_GROUPS, TTAConfidence
+from monai_vslp.networks.tta import SYMMETRIES, TTA_GROUPS, TTAConfidence, training_views
 
 __all__ = [
+    "SYMMETRIES",
     "TTA_GROUPS",
     "ConfidenceNet",
     "DenseHead",
@@ -14,4 +15,5 @@ __all__ = [
     "TokenBackbone",
     "load_weights",
     "pool_proportions",
+    "training_views",
 ]

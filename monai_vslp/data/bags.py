@@ -114,12 +114,15 @@ def collate_bags(items: Sequence[Mapping[str, Any]], stride: int = 1) -> dict[st
     height = math.ceil(max(item[key].shape[-2] for item in items) / stride) * stride
     width = math.ceil(max(item[key].shape[-1] for item in items) / stride) * stride
 
-    def padded(x: torch.Tensor) -> torch.Tensor:
-        return F.pad(torch.as_tensor(x), (0, width - x.shape[-1], 0, height - x.shape[-2]))
+    def padded(x: torch.Tensor, mode: str) -> torch.Tensor:
+        x = torch.as_tensor(x)
+        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode=mode)
 
+    # Images are continued as the network itself continues them, so that tokens at the border see the same.
+    mode = "constant" if key == FEATURES else "replicate"
     return {
-        str(key): torch.stack([padded(item[key]) for item in items]),
-        "mass": torch.stack([padded(mass) for mass in masses]),
+        str(key): torch.stack([padded(item[key], mode) for item in items]),
+        "mass": torch.stack([padded(mass, "constant") for mass in masses]),
         "proportions": torch.stack([torch.as_tensor(item["proportions"], dtype=torch.float32) for item in items]),
     }
 

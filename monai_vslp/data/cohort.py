@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,10 @@ __all__ = ["Cohort", "Record", "read_cohort", "write_table"]
 pandas, _ = optional_import("pandas")
 
 SPLITS = ("train", "val", "test")
-RESERVED = ("image", "split", "patient", "rater", "mpp")
+RESERVED = ("image", "split", "patient", "mpp", "rater")  # every other column is a class
 MOST_PROBLEMS = 20
+MOST_NAMES = 5
+EXPECTED = "expected a header image,split,patient,<one column per class>"
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ class Record:
     """One image of a cohort.
 
     Attributes:
-        image: path of the file.
+        image: absolute path of the file.
         split: ``train``, ``val`` or ``test``.
         patient: identifier, empty where unknown.
         proportions: what is given for it, None where nothing is.
@@ -66,7 +70,13 @@ class Cohort:
         return len(self.records)
 
     def split(self, name: str) -> Cohort:
-        """The records of one split."""
+        """The records of one split.
+
+        Raises:
+            InputError: not ``train``, ``val`` or ``test``.
+        """
+        if name not in SPLITS:
+            raise InputError(f"split {name!r} is not one of {', '.join(SPLITS)}.{_did_you_mean(name, SPLITS)}")
         return Cohort(self.classes, tuple(r for r in self.records if r.split == name), self.source)
 
     def datalist(self) -> list[dict[str, Any]]:
@@ -82,52 +92,131 @@ class Cohort:
         return items
 
     def lookup(self, image: str | Path) -> ProportionLabel | None:
-        """Proportions of an image, found by file name or else by stem.
+        """Proportions of an image, found by its whole path, or else by file name, or else by stem.
+
+        Returns:
+            The label, or None where the row of the image is blank (proportions not known).
 
         Raises:
             ProportionError: no row, or several, belong to the image.
         """
-        name = Path(image).name
-        found = [r for r in self.records if r.image.name == name] or [r for r in self.records if r.stem == Path(name).stem]
+        image = Path(image)
+        tests = (
+            lambda r: r.image == image.absolute(),
+            lambda r: r.image.name == image.name,
+            lambda r: r.stem == image.stem,
+        )
+        found = next(filter(None, ([r for r in self.records if test(r)] for test in tests)), [])
         if len(found) == 1:
             return found[0].proportions
-        names = [r.image.name for r in self.records]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" The nearest is {near[0]!r}." if near else ""
+        if found:
+            rows = ", ".join(f"{r.row} ({r.image})" for r in found[:MOST_NAMES])
+            raise ProportionError(
+                f"{self.source} has several rows for {image.name!r}: rows {rows}. Give the whole path of the image, or rename."
+            )
+        hint = _did_you_mean(image.name, [r.image.name for r in self.records])
         raise ProportionError(
-            f"{self.source} has {'no row' if not found else 'several rows'} for {name!r}.{hint} Add a row (blank proportions "
-            "mean unknown), or leave the image out."
+            f"{self.source} has no row for {image.name!r}.{hint} Add a row (blank proportions mean unknown), or leave the "
+            "image out."
         )
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
-    """Header and rows with their line numbers."""
-    if path.suffix.lower() in (".xlsx", ".xls"):
-        frame = pandas.read_excel(path, dtype=object)
-        frame = frame.where(frame.notna(), None)
-        header = [str(name).strip() for name in frame.columns]
-        return header, [(i + 2, dict(zip(header, row))) for i, row in enumerate(frame.itertuples(index=False))]
+def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _listing(lines: Sequence[str], most: int, separator: str) -> str:
+    """The first ``most`` entries, and how many more there are."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return separator.join([*lines[:most], *more])
+
+
+def _cells_of_sheet(path: Path) -> list[tuple[int, list[Any]]]:
+    """Lines of a spreadsheet's first sheet, with their numbers."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = path.read_text(encoding="cp1252")  # what spreadsheets write where they do not write UTF-8
-    lines = text.splitlines()
-    if not lines:
-        raise InputError(f"table {path} is empty; expected a header image,split,patient,<one column per class>.")
-    delimiter = max(",;\t", key=lines[0].count)
-    reader = csv.reader(lines, delimiter=delimiter)
-    header = [name.strip() for name in next(reader)]
-    rows = []
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
+        frame = pandas.read_excel(path, header=None, dtype=object)
+    except Exception as error:  # pandas is absent, its reader is, or the file is damaged
+        raise InputError(f"table {path} cannot be read as a spreadsheet: {error}. Save it as CSV instead.") from error
+    frame = frame.where(frame.notna(), None)
+    return [(i + 1, list(row)) for i, row in enumerate(frame.itertuples(index=False, name=None))]
+
+
+def _cells_of_text(path: Path) -> list[tuple[int, list[Any]]]:
+    """Lines of a text table with their numbers; the delimiter is the most frequent of comma, semicolon and tab."""
+    data = path.read_bytes()
+    # Spreadsheet programs write UTF-16 ("Unicode text") or the Windows code page where they do not write UTF-8.
+    encodings = ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252")
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+            break
+        except UnicodeDecodeError:
             continue
-        if len(cells) > len(header):
-            raise InputError(
-                f"table {path}, row {reader.line_num}: {len(cells)} cells but {len(header)} columns. A decimal comma or a "
-                "comma in a name needs quotes, or another delimiter (semicolon, tab)."
+    else:
+        raise InputError(f"table {path} is no text in UTF-8; save it as CSV (UTF-8).")
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+    try:
+        return [(reader.line_num, list(cells)) for cells in reader]
+    except csv.Error as error:
+        raise InputError(f"table {path}, row {reader.line_num}: {error}. Save it as CSV (UTF-8).") from error
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell).strip()
+
+
+def _read_rows(path: Path, problems: list[str]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+    """Header and rows with their line numbers; what does not fit the header is added to ``problems``."""
+    lines = _cells_of_sheet(path) if path.suffix.lower() in (".xlsx", ".xls") else _cells_of_text(path)
+    lines = [(number, cells) for number, cells in lines if any(map(_text, cells))]
+    if not lines:
+        raise InputError(f"table {path} is empty; {EXPECTED}.")
+    header = [_text(cell) for cell in lines[0][1]]
+    while header and not header[-1]:
+        header.pop()  # delimiters at the end of the line
+    header = [name.lower() if name.lower() in RESERVED else name for name in header]
+    rows = []
+    for number, cells in lines[1:]:
+        while len(cells) > len(header) and not _text(cells[-1]):
+            cells.pop()
+        if len(cells) != len(header):
+            problems.append(
+                f"row {number}: {len(cells)} cells but {len(header)} columns. "
+                + (
+                    "A decimal comma, or a comma in a name, needs quotes or another delimiter (semicolon, tab)."
+                    if len(cells) > len(header)
+                    else "Is the file cut short? Cells that are not known stay, empty."
+                )
             )
-        rows.append((reader.line_num, dict(zip(header, [*cells, *[""] * (len(header) - len(cells))]))))
+            continue
+        row = dict(zip(header, cells))
+        if _text(row.pop("", None)):
+            problems.append(f"row {number}: a value stands in a column without a name.")
+        rows.append((number, row))
     return header, rows
+
+
+def _class_columns(header: Sequence[str], classes: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
+    """Classes in their order, and what is wrong with the header."""
+    columns = [name for name in header if name and name not in RESERVED]
+    absent = [name for name in RESERVED if name not in header]
+    names = tuple(classes) if classes is not None else tuple(columns)
+    problems = [f"column {name!r} occurs twice." for name in dict.fromkeys(header) if name and header.count(name) > 1]
+    if "image" not in header:
+        problems.append(f"no column 'image' (columns: {', '.join(header)}); {EXPECTED}.")
+    if not columns:
+        problems.append(f"no class columns (columns: {', '.join(header)}); {EXPECTED}.")
+    for name in columns:
+        if hint := _did_you_mean(name.lower(), absent, cutoff=0.8):
+            problems.append(f"column {name!r} is taken for a class.{hint}")
+        elif name not in names:
+            hint = _did_you_mean(name, [n for n in names if n not in columns])
+            problems.append(f"column {name!r} is not a class; classes are {', '.join(names)}.{hint}")
+    if columns:
+        problems += [f"class {name!r} has no column." for name in names if name not in columns]
+    return names, problems
 
 
 def read_cohort(
@@ -139,13 +228,13 @@ def read_cohort(
     """Read and check a table ``image,split,patient,<one column per class>``.
 
     Optional columns: ``mpp`` (µm/px) and ``rater`` (several rows per image, combined to mean and spread). Missing ``split``
-    means ``train``. Cells are read as :func:`~monai_vslp.data.proportions.parse_row` tells. All problems are reported
-    together.
+    means ``train``. Cells are read as :func:`~monai_vslp.data.proportions.parse_row` tells; a row whose class cells are all
+    blank has unknown proportions, which only images outside ``train`` may have. All problems are reported together.
 
     Args:
-        table: CSV (comma, semicolon or tab) or XLSX file.
+        table: CSV (comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252) or, with pandas and openpyxl, XLSX.
         image_dir: folder that image names are relative to; the table's own folder by default.
-        classes: expected classes; None takes the columns of the table.
+        classes: expected classes, in the order wanted; None takes the columns of the table.
         check_files: require the image files to exist.
 
     Raises:
@@ -153,102 +242,160 @@ def read_cohort(
     """
     path = Path(table)
     if not path.is_file():
-        raise InputError(f"table {path} does not exist.")
+        raise InputError(f"table {path} does not exist or is a folder; give the path of a CSV file.")
     folder = Path(image_dir) if image_dir is not None else path.parent
     if check_files and not folder.is_dir():
         raise InputError(f"image folder {folder} does not exist.")
-    header, rows = _read_rows(path)
-    if len(set(header)) < len(header):
-        raise InputError(f"table {path}: columns {sorted({n for n in header if header.count(n) > 1})} occur twice.")
-    if "image" not in header:
-        near = difflib.get_close_matches("image", header, n=1, cutoff=0.4)
-        hint = f" Should {near[0]!r} be called 'image'?" if near else ""
-        raise InputError(f"table {path} has no column 'image' (columns: {', '.join(header)}).{hint}")
-    columns = [name for name in header if name and name not in RESERVED]
-    names = tuple(classes) if classes is not None else tuple(columns)
-    if not columns:
-        raise InputError(f"table {path} has no class columns; expected image,split,patient,<one column per class>.")
-    if not rows:
-        raise InputError(f"table {path} has a header but no rows.")
     problems: list[str] = []
-    for name in columns:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            problems.append(f"column {name!r} is not a class; classes are {', '.join(names)}.{hint}")
-    problems += [f"class {name!r} has no column." for name in names if name not in columns]
-    if problems:
-        raise InputError(f"table {path}:\n  " + "\n  ".join(problems))
+    header, rows = _read_rows(path, problems)
+    names, header_problems = _class_columns(header, classes)
+    if header_problems:  # rows cannot be judged by a wrong header
+        raise InputError(f"table {path}:\n  {_listing(header_problems, MOST_PROBLEMS, chr(10) + '  ')}")
+    if not rows and not problems:
+        raise InputError(f"table {path} has a header but no rows.")
 
-    groups: dict[str, list[tuple[int, dict[str, Any], ProportionLabel | None]]] = {}
-    seen: set[tuple[str, str]] = set()
+    groups: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    seen: dict[tuple[str, str], int] = {}
     for line, row in rows:
-        name = str(row["image"] or "").strip()
-        rater = str(row.get("rater") or "").strip()
+        name, rater = _text(row["image"]), _text(row.get("rater"))
         if not name:
             problems.append(f"row {line}: no image named.")
-            continue
-        if (name, rater) in seen:
-            problems.append(
-                f"row {line}: image {name!r} occurs twice"
-                + (f" for rater {rater!r}." if rater else "; several raters need a column 'rater'.")
-            )
-            continue
-        seen.add((name, rater))
-        try:
-            label = parse_row({key: row[key] for key in columns}, names, row=line)
-        except ProportionError as error:
-            problems.append(f"{error} (image {name!r})")
-            continue
-        groups.setdefault(name, []).append((line, row, label))
-    records = [_record(name, group, folder, check_files, problems) for name, group in groups.items()]
+        elif (name, rater) in seen:
+            again = f"rater {rater!r} has" if rater else "several raters need different entries in a column 'rater'; there is"
+            problems.append(f"row {line}: image {name!r} occurs twice: {again} row {seen[name, rater]} already.")
+        else:
+            seen[name, rater] = line
+            groups.setdefault(name, []).append((line, row))
+    records = [_record(name, group, folder, names, problems) for name, group in groups.items()]
+    if check_files:
+        problems += _missing_files(records, folder)
     if problems:
-        shown = "\n  ".join(problems[:MOST_PROBLEMS])
-        more = f"\n  and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
-        raise InputError(f"table {path} has {len(problems)} problem(s):\n  {shown}{more}")
+        raise InputError(f"table {path} has {len(problems)} problem(s):\n  {_listing(problems, MOST_PROBLEMS, chr(10) + '  ')}")
     cohort = Cohort(names, tuple(records), path)
-    shared = {r.patient for r in cohort.split("train").records if r.patient} & {
-        r.patient for r in records if r.split != "train"
-    }
-    if shared:
-        logger.warning("patients %s are in train and in another split: their errors look too small.", sorted(shared)[:5])
+    _warn(cohort)
     return cohort
 
 
 def _record(
     name: str,
-    group: list[tuple[int, dict[str, Any], ProportionLabel | None]],
+    group: Sequence[tuple[int, dict[str, Any]]],
     folder: Path,
-    check_files: bool,
+    classes: tuple[str, ...],
     problems: list[str],
 ) -> Record:
     """One image of possibly several rows; what is wrong with it is added to ``problems``."""
-    line, row, _ = group[0]
-    split = str(row.get("split") or "train").strip().lower()
+    line, first = group[0]
+    for other, row in group[1:]:
+        for key in ("split", "patient", "mpp"):
+            here, there = _text(row.get(key)), _text(first.get(key))
+            if here != there:
+                problems.append(f"row {other}, column {key!r}: {here!r}, but row {line} says {there!r} (image {name!r}).")
+    split = _text(first.get("split")).lower() or "train"
     if split not in SPLITS:
-        near = difflib.get_close_matches(split, SPLITS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        problems.append(f"row {line}, column 'split': {split!r} is not one of {', '.join(SPLITS)}.{hint}")
-    labels = [label for _, _, label in group if label is not None]
-    if not labels and split == "train":
-        problems.append(f"row {line}: training image {name!r} has no proportions.")
-    path = (folder / name).absolute()
-    if check_files and not path.is_file():
-        problems.append(f"row {line}: image {path} does not exist.")
-    mpp = None
-    if str(row.get("mpp") or "").strip():
+        problems.append(
+            f"row {line}, column 'split': {split!r} is not one of {', '.join(SPLITS)}.{_did_you_mean(split, SPLITS)}"
+        )
+    labels: list[ProportionLabel] = []
+    understood = True
+    for number, row in group:
         try:
-            mpp = float(str(row["mpp"]).replace(",", "."))
+            label = parse_row({key: row[key] for key in classes}, classes, row=number)
+        except ProportionError as error:
+            problems.append(f"{error} (image {name!r})")
+            understood = False
+        else:
+            labels += [] if label is None else [label]
+    if understood and not labels and split == "train":
+        problems.append(
+            f"row {line}: training image {name!r} has no proportions. Fill in the classes, or set its split to val or test."
+        )
+    mpp = None
+    if written := _text(first.get("mpp")):
+        try:
+            mpp = float(written.replace(",", "."))
         except ValueError:
-            problems.append(f"row {line}, column 'mpp': {row['mpp']!r} is not a number (µm/px).")
-    patient = str(row.get("patient") or "").strip()
-    return Record(path, split, patient, combine_raters(labels) if labels else None, line, mpp)
+            mpp = math.nan
+        if not 0 < mpp < math.inf:
+            problems.append(
+                f"row {line}, column 'mpp': {written!r} is not a positive number (µm/px); leave it empty if unknown."
+            )
+    proportions = combine_raters(labels) if labels else None
+    return Record((folder / name).absolute(), split, _text(first.get("patient")), proportions, line, mpp)
 
 
-def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Path:
-    """Write rows as CSV, atomically."""
+def _missing_files(records: Sequence[Record], folder: Path) -> list[str]:
+    """At most one problem, which names the images that do not exist."""
+    missing = [record for record in records if not record.image.is_file()]
+    if not missing:
+        return []
+    present = [entry.name for entry in folder.iterdir()]
+    named = [f"row {record.row} {record.image.name!r}" for record in missing]
+    for i, record in enumerate(missing[:MOST_NAMES]):
+        if near := difflib.get_close_matches(record.image.name, present, n=1, cutoff=0.8):
+            named[i] += f" (is it {near[0]!r}?)"
+    advice = " Is this the right image folder?" if len(missing) == len(records) else ""
+    return [f"{len(missing)} of {len(records)} images are not in {folder}: {_listing(named, MOST_NAMES, '; ')}.{advice}"]
+
+
+def _warn(cohort: Cohort) -> None:
+    """Say what is allowed but often a mistake."""
+    places: dict[str, set[str]] = {}
+    stems: dict[str, int] = {}
+    for record in cohort.records:
+        if record.patient:
+            places.setdefault(record.patient, set()).add(record.split)
+        stems[record.stem] = stems.get(record.stem, 0) + 1
+    shared = sorted(patient for patient, splits in places.items() if "train" in splits and len(splits) > 1)
+    if shared:
+        logger.warning(
+            "%s: %d patient(s) are in train and in another split, so errors there look too small: %s.",
+            cohort.source,
+            len(shared),
+            _listing(shared, MOST_NAMES, ", "),
+        )
+    twins = sorted(stem for stem, count in stems.items() if count > 1)
+    if twins:
+        logger.warning(
+            "%s: images share a name but for folder or suffix, and outputs are named by it: %s.",
+            cohort.source,
+            _listing(twins, MOST_NAMES, ", "),
+        )
+    labels = [record.proportions for record in cohort.records if record.proportions is not None]
+    if labels:
+        for k, name in enumerate(cohort.classes):
+            if all(label.missing[k] for label in labels):
+                logger.warning("%s: column %r is blank in every row; is it a class?", cohort.source, name)
+        scaled = sum(abs(label.raw_sum - 1) > 0.005 and not label.missing.any() for label in labels)
+        if scaled:
+            logger.info("%s: the proportions of %d image(s) did not sum to 100 %% and were scaled.", cohort.source, scaled)
+
+
+def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], classes: Sequence[str]) -> Path:
+    """Write a table that :func:`read_cohort` reads, as CSV, atomically.
+
+    Args:
+        path: where to; parent folders are made.
+        rows: per image ``image``, and where known ``split``, ``patient``, ``mpp``, ``rater`` and one value per class
+            (fractions, or text as a person would write it); what is absent or None stays blank.
+        classes: class columns in their order; names of the other columns among them are skipped.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InputError: a row names a column that does not exist, or no image.
+    """
+    rows = [dict(row) for row in rows]
+    optional = [name for name in ("mpp", "rater") if name in classes or any(name in row for row in rows)]
+    columns = ["image", "split", "patient", *optional, *(name for name in classes if name not in RESERVED)]
+    for number, row in enumerate(rows, start=2):
+        if not _text(row.get("image")):
+            raise InputError(f"row {number} names no image: {row}.")
+        for name in row:
+            if name not in columns:
+                raise InputError(f"row {number} has {name!r}, which is no column; columns are {', '.join(columns)}.")
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(columns))
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
     return Path(path)

@@ -20,10 +20,17 @@ class TTAInferer(Inferer):
         views: name of a group of views, or a list of views.
         output: ``mean``, ``spread``, ``mean_spread`` or ``stack``.
         amp: run the network in bfloat16, about twice as fast on processors and GPUs that compute in it.
+        inferer: how the network is run on each view, MONAI's ``SlidingWindowInferer`` for instance; None to call it.
     """
 
-    def __init__(self, views: str | Sequence[View] = "shifted_symmetries", output: str = "mean", amp: bool = False) -> None:
-        self.views, self.output, self.amp = views, output, amp
+    def __init__(
+        self,
+        views: str | Sequence[View] = "shifted_symmetries",
+        output: str = "mean",
+        amp: bool = False,
+        inferer: Inferer | None = None,
+    ) -> None:
+        self.views, self.output, self.amp, self.inferer = views, output, amp, inferer
 
     def __call__(self, inputs: torch.Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """
@@ -34,7 +41,7 @@ class TTAInferer(Inferer):
 
         def predict(x: torch.Tensor) -> torch.Tensor:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-                return network(x).float()
+                return (network(x) if self.inferer is None else self.inferer(x, network)).float()
 
         tta = TTAConfidence(self.views, self.output, stride=getattr(network, "stride", 16))
         return tta(torch.as_tensor(inputs), predict)

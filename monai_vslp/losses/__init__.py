@@ -1,5 +1,6 @@
 """Losses that need proportions only."""
 
-from monai_vslp.losses.objective import BagObjective, consistency_loss, pixel_entropy, proportion_divergence
+from monai_vslp.losses.objective import BagObjective
+from monai_vslp.losses.proportion import ConsistencyLoss, ProportionLoss, wasserstein_proportions
 
-__all__ = ["BagObjective", "consistency_loss", "pixel_entropy", "proportion_divergence"]
+__all__ = ["BagObjective", "ConsistencyLoss", "ProportionLoss", "wasserstein_proportions"]

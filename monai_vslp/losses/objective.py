@@ -1,60 +1,16 @@
-"""Losses that learn a segmentation from the proportions of whole images."""
+"""The objective of training: proportions of whole images, decided pixels, agreement between views."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from monai_vslp.networks.confidence import pool_proportions
+from monai_vslp.losses.proportion import ConsistencyLoss, ProportionLoss
+from monai_vslp.networks.confidence import token_mass
 
-__all__ = ["BagObjective", "consistency_loss", "pixel_entropy", "proportion_divergence"]
-
-FLOOR = 1e-8  # keeps the logarithm finite where a class has vanished from an image
-
-
-def proportion_divergence(predicted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    r"""Divergence of given from predicted proportions, :math:`\mathrm{KL}(p\,\|\,\hat p)`, mean over the batch.
-
-    The cross-entropy less the entropy of ``given``: 0 where both agree.
-
-    Args:
-        predicted: :math:`\hat p`, shape ``[B, C]``, on the simplex.
-        given: :math:`p`, shape ``[B, C]``, on the simplex; zeros allowed.
-
-    Returns:
-        A scalar in nats.
-    """
-    if predicted.shape != given.shape:
-        raise ValueError(f"proportions must have one shape [B, C], got {list(predicted.shape)} and {list(given.shape)}.")
-    return (torch.xlogy(given, given) - given * (predicted + FLOOR).log()).sum(dim=1).mean()
-
-
-def _mean_over_tissue(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """Mean of ``[B, 1, h, w]`` weighted by ``mass`` of the same shape."""
-    return (values * mass).sum() / mass.sum().clamp_min(FLOOR)
-
-
-def pixel_entropy(probability: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    r"""Mean entropy of the pixels, :math:`-\sum_i a_i\sum_k q_{ik}\log q_{ik}`; 0 for decided maps.
-
-    Args:
-        probability: shape ``[B, C, h, w]``.
-        mass: shape ``[B, 1, h, w]``.
-    """
-    return _mean_over_tissue(-torch.xlogy(probability, probability).sum(dim=1, keepdim=True), mass)
-
-
-def consistency_loss(first: torch.Tensor, second: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    r"""Squared difference of two aligned views, :math:`\sum_i a_i\lVert q_i - q_i'\rVert^2`.
-
-    Args:
-        first, second: probabilities ``[B, C, h, w]``.
-        mass: shape ``[B, 1, h, w]``.
-    """
-    return _mean_over_tissue((first - second).square().sum(dim=1, keepdim=True), mass)
+__all__ = ["BagObjective"]
 
 
 class BagObjective(nn.Module):
@@ -74,7 +30,9 @@ class BagObjective(nn.Module):
 
     def __init__(self, entropy: float = 0.1, consistency: float = 0.5) -> None:
         super().__init__()
-        self.entropy, self.consistency = entropy, consistency
+        self.proportion = ProportionLoss(entropy=entropy)
+        self.agreement = ConsistencyLoss("squared")
+        self.consistency = consistency
 
     def forward(self, logits: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -85,10 +43,7 @@ class BagObjective(nn.Module):
         Returns:
             A scalar.
         """
-        mass = F.adaptive_avg_pool2d(target["mass"], logits.shape[-2:])
-        views = [view.softmax(dim=1) for view in logits.unbind(dim=1)]
-        loss = logits.new_zeros(())
-        for view in views:
-            loss = loss + proportion_divergence(pool_proportions(view, mass), target["proportions"]) / len(views)
-            loss = loss + self.entropy * pixel_entropy(view, mass) / len(views)
-        return loss + self.consistency * consistency_loss(views[0], views[1], mass)
+        mass = token_mass(target["mass"], target["mass"].shape[-1] // logits.shape[-1])
+        views = logits.unbind(dim=1)
+        loss = sum(self.proportion(view, target["proportions"], mass) for view in views) / len(views)
+        return loss + self.consistency * self.agreement(views[0], views[1], mass)

@@ -1,7 +1,7 @@
 """Networks that turn images into class confidences, and their test-time augmentation."""
 
 from monai_vslp.networks.backbone import TokenBackbone, load_weights
-from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions
+from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions, token_mass
 from monai_vslp.networks.heads import DenseHead, PatchHead
 from monai_vslp.networks.tta import SYMMETRIES, TTA_GROUPS, TTAConfidence, training_views
 
@@ -15,5 +15,6 @@ __all__ = [
     "TokenBackbone",
     "load_weights",
     "pool_proportions",
+    "token_mass",
     "training_views",
 ]

@@ -46,8 +46,10 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # the readers raise a dozen kinds for damaged files
         raise InputError(f"weights file {path} cannot be read as a plain state dict: {error}") from error
     for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict):
+        raise InputError(f"weights file {path} holds a {type(state).__name__}; expected a state dict (name → tensor).")
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
@@ -59,13 +61,18 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
             near = difflib.get_close_matches(name.partition(".")[0], known, n=3)
             hint = f" Did you mean {', '.join(near)}?" if near else " See timm.list_models() for the names."
             raise InputError(f"backbone {name!r} is not a timm model.{hint}")
+    # Families differ in how they are told that inputs vary in size; convolutional ones need no telling.
     for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         try:
             return timm.create_model(name, num_classes=0, **flexible, **options)
         except TypeError as error:
-            # Families differ in how they are told that inputs vary in size; convolutional ones need no telling.
             if not any(key in str(error) for key in flexible):
-                raise
+                raise InputError(f"backbone {name!r} does not take the options {options}: {error}.") from error
+        except (OSError, RuntimeError) as error:  # no such tag or repository, no connection, no token for it
+            raise InputError(
+                f"backbone {name!r} cannot be made: {error} Without a connection, name a timm architecture and give its "
+                "weights as a local file."
+            ) from error
     raise AssertionError("unreachable: the last attempt passes no extra option")
 
 
@@ -75,7 +82,7 @@ class TokenBackbone(nn.Module):
     Middle blocks of a vision transformer carry more about tissue than the last, which serves the classifier it was
     trained with. Blocks behind the last one used are removed. Each block's features are standardised over channels
     (LayerNorm without parameters), so that no block dominates by its scale. Maps of hierarchical backbones (Swin,
-    ConvNeXt) are resampled to the grid of the first one used.
+    ConvNeXt) are resampled linearly to the grid of the finest one used.
 
     Args:
         name: timm model, for instance ``vit_tiny_patch16_224``, or ``hf-hub:organisation/model``.
@@ -83,11 +90,13 @@ class TokenBackbone(nn.Module):
             (3, 5 and 8 of 12), or of a hierarchical backbone those stages with a stride of 8 to 16 px.
         weights: local file with a state dict of the timm model, a classifier head in it is ignored.
         pretrained: let timm fetch its weights; needs the internet or a filled cache.
+        norm: standardise each block's features over channels.
         **options: passed on to ``timm.create_model`` (``depth``, ``embed_dim``, ``patch_size`` …).
 
     Attributes:
         channels: number of feature channels.
         stride: px per token.
+        multiple: px of which sides of the input must be multiples: the stride of the coarsest block used.
         mean, std: the channel statistics with which the weights were trained, three values each.
 
     Raises:
@@ -100,6 +109,7 @@ class TokenBackbone(nn.Module):
         blocks: Sequence[int] | None = None,
         weights: str | Path | None = None,
         pretrained: bool = False,
+        norm: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -122,7 +132,9 @@ class TokenBackbone(nn.Module):
         if not blocks or any(not 0 <= block < count for block in blocks):
             raise InputError(f"backbone {name!r} has blocks 0 to {count - 1}, got {list(blocks)}.")
         self.blocks = sorted(set(blocks))
+        self.norm = norm
         self.stride = int(reductions[self.blocks[0]])
+        self.multiple = int(reductions[self.blocks[-1]])
         self.channels = int(sum(widths[block] for block in self.blocks))
         kept = self.model.prune_intermediate_layers(self.blocks, prune_norm=True, prune_head=True)
         self._indices = list(kept)
@@ -151,7 +163,7 @@ class TokenBackbone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: normalised images, shape ``[B, 3, H, W]``; for transformers ``H`` and ``W`` are multiples of the stride.
+            x: normalised images, shape ``[B, 3, H, W]``; ``H`` and ``W`` are multiples of ``multiple``.
 
         Returns:
             Features, shape ``[B, channels, H / stride, W / stride]``, float.
@@ -160,10 +172,11 @@ class TokenBackbone(nn.Module):
             x, indices=self._indices, output_fmt="NCHW", intermediates_only=True, stop_early=True
         )
         grid = maps[0].shape[-2:]
-        normalised = []
+        aligned = []
         for features in maps:
-            features = F.layer_norm(features.permute(0, 2, 3, 1), features.shape[1:2]).permute(0, 3, 1, 2)
+            if self.norm:
+                features = F.layer_norm(features.permute(0, 2, 3, 1), features.shape[1:2]).permute(0, 3, 1, 2)
             if features.shape[-2:] != grid:
                 features = F.interpolate(features, grid, mode="bilinear", align_corners=False)
-            normalised.append(features)
-        return torch.cat(normalised, dim=1)
+            aligned.append(features)
+        return torch.cat(aligned, dim=1)

@@ -15,10 +15,30 @@ from monai_vslp.networks.backbone import TokenBackbone
 from monai_vslp.networks.heads import DenseHead, PatchHead
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["ConfidenceNet", "pool_proportions"]
+__all__ = ["ConfidenceNet", "pool_proportions", "token_mass"]
 
-HEADS = {"dense": DenseHead, "patch": PatchHead}
 WINDOW_BATCH = 32  # windows that go through the backbone together; bounds memory for large inputs
+
+
+def token_mass(mass: torch.Tensor, stride: int) -> torch.Tensor:
+    """Tissue per token: the mean over the token's pixels, of which those beyond the image's border count as 0.
+
+    Args:
+        mass: tissue per pixel, shape ``[B, 1, H, W]`` or ``[B, H, W]``, at least 0, any size.
+        stride: px per token.
+
+    Returns:
+        Shape ``[B, 1, ceil(H / stride), ceil(W / stride)]``, the grid of :meth:`ConfidenceNet.features`, float.
+
+    Raises:
+        InputError: a mass of another shape.
+    """
+    if mass.ndim == 3:
+        mass = mass[:, None]
+    if mass.ndim != 4 or mass.shape[1] != 1:
+        raise InputError(f"mass must have shape [B, 1, H, W] or [B, H, W], got {list(mass.shape)}.")
+    mass = mass if mass.is_floating_point() else mass.float()
+    return F.avg_pool2d(F.pad(mass, (0, -mass.shape[-1] % stride, 0, -mass.shape[-2] % stride)), stride)
 
 
 def pool_proportions(probability: torch.Tensor, mass: torch.Tensor | None = None) -> torch.Tensor:
@@ -26,14 +46,26 @@ def pool_proportions(probability: torch.Tensor, mass: torch.Tensor | None = None
 
     Args:
         probability: shape ``[B, C, h, w]``, on the simplex.
-        mass: tissue ``[B, 1, H, W]`` on any grid, averaged onto that of ``probability``; None for tissue everywhere.
+        mass: tissue ``[B, 1, H, W]`` or ``[B, H, W]`` on the grid of ``probability`` or on one that is a whole number of
+            times finer, such as pixels; None for tissue everywhere. Pixels of an image whose sides are no multiples of
+            the stride go through :func:`token_mass` first.
 
     Returns:
         Shape ``[B, C]``; zeros for an image without tissue.
+
+    Raises:
+        InputError: a mass on a grid that does not fit.
     """
     if mass is None:
         return probability.mean(dim=(2, 3))
-    mass = F.adaptive_avg_pool2d(mass.to(probability), probability.shape[-2:])
+    size, fine = probability.shape[-2:], mass.shape[-2:]
+    factor = max(fine[0] // size[0], 1)
+    if tuple(fine) != (factor * size[0], factor * size[1]):
+        raise InputError(
+            f"mass must have the {size[0]} x {size[1]} cells of the map, or a whole number of times as many along both "
+            f"sides, got {fine[0]} x {fine[1]}; token_mass(mass, stride) brings pixels onto the tokens' grid."
+        )
+    mass = token_mass(mass.to(probability), factor)
     return (probability * mass).sum(dim=(2, 3)) / mass.sum(dim=(2, 3)).clamp_min(1e-12)
 
 
@@ -45,12 +77,18 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
     return [round(i * (length - window) / (count - 1) / stride) * stride for i in range(count)]
 
 
+def _window_weight(rows: int, columns: int) -> torch.Tensor:
+    """Weight ``[rows, columns]`` of a window's tokens: falls off linearly towards its edges, never 0."""
+    ramps = [torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)) / n for n in (rows, columns)]
+    return torch.outer(*ramps)
+
+
 class ConfidenceNet(nn.Module):
     """Backbone, head, and the windows within which tokens see each other.
 
     A token of a transformer that sees the whole image can predict the image's proportions everywhere, and training on
-    proportions rewards that. So an image is cut into windows that are seen apart; where they overlap, their features
-    are averaged.
+    proportions rewards that. So an image is cut into windows that are seen apart; where they overlap, one fades into
+    the other.
 
     Args:
         num_classes: classes.
@@ -59,10 +97,11 @@ class ConfidenceNet(nn.Module):
         blocks: which of its blocks to use; None for middle ones.
         weights: local weights of the backbone.
         pretrained: let timm fetch weights.
-        head: ``dense`` (a softmax per token) or ``patch`` (a softmax per input).
+        head: ``dense`` (a softmax per token) or ``patch`` (a softmax per window).
         hidden: width of a hidden layer in the head; 0 for a linear one.
         dropout: dropout before the head.
-        window: edge of the windows in px, a multiple of the backbone's stride; None to see the whole input at once.
+        window: edge of the windows in px, a multiple of the backbone's stride (of the coarsest block's, where they
+            differ); None to see the whole input at once.
         freeze_backbone: train the head alone.
         mean, std: channel statistics the input is normalised with; None for those of the backbone.
         backbone_kwargs: further options of ``timm.create_model``.
@@ -91,21 +130,28 @@ class ConfidenceNet(nn.Module):
         super().__init__()
         if in_channels != 3:
             raise InputError(f"ConfidenceNet takes RGB images (3 channels), got in_channels = {in_channels}.")
-        if head not in HEADS:
-            raise InputError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
+        if head not in ("dense", "patch"):
+            raise InputError(f"head must be one of dense, patch, got {head!r}.")
         self.backbone = TokenBackbone(backbone, blocks, weights, pretrained, **(backbone_kwargs or {}))
         self.stride = self.backbone.stride
-        if window is not None and (window <= 0 or window % self.stride):
-            below = max(window // self.stride, 1) * self.stride
+        unit = self.backbone.multiple
+        if window is not None and (window <= 0 or window % unit):
+            below = max(window // unit, 1) * unit
             raise InputError(
-                f"window must be a multiple of the stride {self.stride} px of {backbone!r}, got {window}; the nearest are "
-                f"{below} and {below + self.stride}."
+                f"window must be a multiple of the stride {unit} px of {backbone!r}, got {window}; the nearest are "
+                f"{below} and {below + unit}."
             )
         self.window = window
         self.num_classes = num_classes
-        self.head = HEADS[head](self.backbone.channels, num_classes, hidden, dropout)
+        if head == "dense":
+            self.head: nn.Module = DenseHead(self.backbone.channels, num_classes, hidden, dropout)
+        else:
+            tokens = None if window is None else window // self.stride
+            self.head = PatchHead(self.backbone.channels, num_classes, hidden, dropout, tokens)
         self.freeze_backbone = freeze_backbone
         for name, values in (("mean", mean or self.backbone.mean), ("std", std or self.backbone.std)):
+            if len(values) != 3:
+                raise InputError(f"{name} must be three numbers (R, G, B in [0, 1]), got {list(values)}.")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
         if freeze_backbone:
             self.backbone.requires_grad_(False)
@@ -129,9 +175,11 @@ class ConfidenceNet(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3:
             raise InputError(f"ConfidenceNet takes images of shape [B, 3, H, W], got {list(x.shape)}.")
         height, width = x.shape[-2:]
-        x = F.pad((x - self.mean) / self.std, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        unit = self.backbone.multiple
+        x = F.pad((x - self.mean) / self.std, (0, -width % unit, 0, -height % unit), mode="replicate")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            return self._windowed(x)
+            features = self._windowed(x)
+        return features[..., : math.ceil(height / self.stride), : math.ceil(width / self.stride)]
 
     def _windowed(self, x: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = x.shape
@@ -145,13 +193,14 @@ class ConfidenceNet(nn.Module):
         windows = torch.cat([x[:, :, top : top + size[0], left : left + size[1]] for top, left in places])
         maps = torch.cat([self.backbone(part) for part in windows.split(WINDOW_BATCH)]).split(batch)
         total = x.new_zeros(batch, maps[0].shape[1], height // self.stride, width // self.stride)
-        count = x.new_zeros(1, 1, *total.shape[-2:])
+        norm = x.new_zeros(total.shape[-2:])
+        weight = _window_weight(*maps[0].shape[-2:]).to(x)
         for (top, left), features in zip(places, maps):
             rows = slice(top // self.stride, top // self.stride + features.shape[2])
             columns = slice(left // self.stride, left // self.stride + features.shape[3])
-            total[:, :, rows, columns] += features
-            count[:, :, rows, columns] += 1
-        return total / count
+            total[:, :, rows, columns] += features * weight
+            norm[rows, columns] += weight
+        return total / norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Class logits for every pixel.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from monai_vslp.utils.errors import InputError
 
 __all__ = ["DenseHead", "PatchHead"]
 
@@ -19,17 +24,40 @@ class DenseHead(nn.Sequential):
         num_classes: classes.
         hidden: width of a hidden layer; 0 for a linear head.
         dropout: share of feature channels dropped in training.
+        kernel: edge of the first convolution in tokens, odd; borders are repeated.
+
+    Raises:
+        InputError: an even or non-positive ``kernel``.
     """
 
-    def __init__(self, channels: int, num_classes: int, hidden: int = 0, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, num_classes: int, hidden: int = 0, dropout: float = 0.0, kernel: int = 1) -> None:
+        if kernel < 1 or kernel % 2 == 0:
+            raise InputError(f"kernel must be an odd number of tokens (1, 3, 5 ...), got {kernel}.")
         layers: list[nn.Module] = [nn.Dropout2d(dropout)] if dropout else []
+        layers.append(nn.Conv2d(channels, hidden or num_classes, kernel, padding=kernel // 2, padding_mode="replicate"))
         if hidden:
-            layers += [nn.Conv2d(channels, hidden, 1), nn.GELU()]
-        super().__init__(*layers, nn.Conv2d(hidden or channels, num_classes, 1))
+            layers += [nn.GELU(), nn.Conv2d(hidden, num_classes, 1)]
+        super().__init__(*layers)
 
 
 class PatchHead(DenseHead):
-    """Class logits of a whole window, repeated for each of its tokens."""
+    """Class logits of a whole window, repeated for each of its tokens.
+
+    A map larger than a window is divided evenly into the fewest windows that cover it.
+
+    Args:
+        channels: feature channels.
+        num_classes: classes.
+        hidden: width of a hidden layer; 0 for a linear head.
+        dropout: share of feature channels dropped in training.
+        window: edge of a window in tokens; None for one window, whatever the size of the map.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, hidden: int = 0, dropout: float = 0.0, window: int | None = None
+    ) -> None:
+        super().__init__(channels, num_classes, hidden, dropout)
+        self.window = window
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -37,6 +65,8 @@ class PatchHead(DenseHead):
             features: shape ``[B, F, h, w]``.
 
         Returns:
-            Logits ``[B, C, h, w]``, constant over ``h`` and ``w``.
+            Logits ``[B, C, h, w]``, constant within a window.
         """
-        return super().forward(features.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *features.shape[2:])
+        size = features.shape[-2:]
+        windows = [1 if self.window is None else math.ceil(side / self.window) for side in size]
+        return F.interpolate(super().forward(F.adaptive_avg_pool2d(features, windows)), size, mode="nearest")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from monai.utils import ComponentStore, look_up_option
 
+from monai_vslp.utils.errors import InputError
+
 __all__ = [
     "SYMMETRIES",
     "TTA_GROUPS",
@@ -28,6 +30,7 @@ __all__ = [
 # Absorbance of haematoxylin, eosin and a residual in R, G, B (rows of unit length): Ruifrok and Johnston, "Quantification
 # of histochemical staining by color deconvolution", 2001.
 _STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
+_UNMIX = torch.linalg.inv(_STAINS)
 
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
@@ -118,7 +121,7 @@ def jitter_stain(x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> t
     """
     stains = _STAINS.to(x)
     density = -torch.log(x.clamp_min(1 / 255))
-    concentration = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))
+    concentration = torch.einsum("bchw,cs->bshw", density, _UNMIX.to(x))
     tissue = 1 - torch.exp(-density.mean(dim=1, keepdim=True) / 0.1)
     changed = concentration * gain.to(x).view(1, 3, 1, 1) + offset.to(x).view(1, 3, 1, 1) * tissue
     return torch.exp(-torch.einsum("bshw,sc->bchw", changed, stains)).clamp(0, 1)
@@ -196,7 +199,7 @@ class TTAConfidence:
 
     .. math::
         q_i = \frac1A\sum_t q_i^{(t)}, \qquad
-        \text{spread}_i = \Bigl(\frac1{AC}\sum_{t,k}(q_{ik}^{(t)} - q_{ik})^2\Bigr)^{1/2}
+        \text{spread}_i = \frac1C\sum_k\Bigl(\frac1A\sum_t(q_{ik}^{(t)} - q_{ik})^2\Bigr)^{1/2}
 
     Args:
         views: name of a group in ``TTA_GROUPS``, or a list of views.
@@ -207,6 +210,7 @@ class TTAConfidence:
 
     Raises:
         ValueError: an unknown group or output; names the nearest.
+        InputError: an empty list of views.
     """
 
     def __init__(
@@ -218,6 +222,8 @@ class TTAConfidence:
     ) -> None:
         self.output = look_up_option(output, ("mean", "spread", "mean_spread", "stack"))
         self.views = TTA_GROUPS[look_up_option(views, TTA_GROUPS.names)](stride) if isinstance(views, str) else list(views)
+        if not self.views:
+            raise InputError("test-time augmentation needs at least one view; the group 'none' is the image as it is.")
         self.softmax = softmax
 
     def _view(self, view: View, x: torch.Tensor, predict: Predict) -> torch.Tensor:
@@ -231,6 +237,9 @@ class TTAConfidence:
         Args:
             x: images ``[B, 3, H, W]``, float in [0, 1].
             predict: gives class logits ``[B, C, H', W']`` for images ``[B, 3, H', W']``.
+
+        Returns:
+            Float, of the shape that ``output`` has, see above.
         """
         if self.output == "stack":
             return torch.stack([self._view(view, x, predict) for view in self.views], dim=1)
@@ -244,7 +253,7 @@ class TTAConfidence:
             delta = q - mean
             mean = mean + delta / count
             deviation = deviation + delta * (q - mean)
-        spread = (deviation / len(self.views)).mean(dim=1, keepdim=True).clamp_min(0).sqrt()
+        spread = (deviation / len(self.views)).clamp_min(0).sqrt().mean(dim=1, keepdim=True)
         if self.output == "mean":
             return mean
         return spread if self.output == "spread" else torch.cat([mean, spread], dim=1)

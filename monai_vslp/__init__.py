@@ -7,6 +7,17 @@ proportions alone gives pixel-wise confidences, a variational problem fuses them
 __version__ = "0.1.0"
 
 # Bundles find classes by short names among loaded modules, so one import loads all of them.
-from monai_vslp import data, handlers, inferers, losses, networks, transforms, variational
+from monai_vslp import data, handlers, inferers, io, losses, metrics, networks, transforms, variational, workflows
 
-__all__ = ["data", "handlers", "inferers", "losses", "networks", "transforms", "variational"]
+__all__ = [
+    "data",
+    "handlers",
+    "inferers",
+    "io",
+    "losses",
+    "metrics",
+    "networks",
+    "transforms",
+    "variational",
+    "workflows",
+]

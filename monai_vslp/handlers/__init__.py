@@ -2,6 +2,7 @@
 
 from monai_vslp.handlers.checkpoint import RunCheckpoint
 from monai_vslp.handlers.refinement import VariationalRefinementHandler
-from monai_vslp.handlers.training import EpochSeed, TrainingProgress
+from monai_vslp.handlers.tracking import MLflowTracker
+from monai_vslp.handlers.training import EpochSeed, ItemProgress, TrainingProgress
 
-__all__ = ["EpochSeed", "RunCheckpoint", "TrainingProgress", "VariationalRefinementHandler"]
+__all__ = ["EpochSeed", "ItemProgress", "MLflowTracker", "RunCheckpoint", "TrainingProgress", "VariationalRefinementHandler"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,9 @@ class RunCheckpoint:
             with atomic_path(path) as temporary:
                 torch.save(value, temporary)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            code = getattr(error, "errno", None) or errno.ENOSPC
             raise OSError(
+                code,
                 f"cannot write {path} ({error}); the previous one is untouched. Free some space and run the same "
-                "command again: it continues after the last complete epoch."
+                "command again: it continues after the last complete epoch.",
             ) from error

@@ -16,7 +16,7 @@ Events, _ = optional_import("ignite.engine", name="Events")
 Average, _ = optional_import("ignite.metrics", name="Average")
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
-__all__ = ["EpochSeed", "TrainingProgress"]
+__all__ = ["EpochSeed", "ItemProgress", "TrainingProgress"]
 
 
 class EpochSeed:
@@ -87,3 +87,24 @@ class TrainingProgress:
             self._bar.close()
         for error in args:
             raise error
+
+
+class ItemProgress:
+    """A bar over the items of an evaluator.
+
+    Args:
+        show: draw the bar.
+    """
+
+    def __init__(self, show: bool = True) -> None:
+        self.show = show
+        self._bar = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self._bar.update())
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda _: self._bar.close())
+
+    def _open(self, engine: Engine) -> None:
+        self._bar = tqdm(total=engine.state.epoch_length, desc="segmenting", unit="image", disable=not self.show)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +11,14 @@ from typing import Any
 import numpy as np
 from monai.utils import optional_import
 
-import monai_vslp
 from monai_vslp.io.geojson import labels_to_geojson, write_geojson
 from monai_vslp.io.ome_tiff import to_uint8, write_ome_tiff
 from monai_vslp.io.report import write_report
+from monai_vslp.io.summary import SUMMARY_NAME, build_summary
+from monai_vslp.transforms.overlay import LabelOverlay
 from monai_vslp.utils.atomic import atomic_path, write_json
-from monai_vslp.utils.errors import InputError
 
-__all__ = ["NO_TISSUE", "SegmentationOutput", "read_summary", "write_output"]
+__all__ = ["NO_TISSUE", "SegmentationOutput", "write_output"]
 
 Image, _ = optional_import("PIL.Image")
 
@@ -96,11 +95,12 @@ def _reduce(values: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def _by_class(classes: Sequence[str], values: Sequence[float] | None) -> dict[str, float | None] | None:
-    """Values by class name; JSON has no infinity or NaN, so they become None."""
-    if values is None:
-        return None
-    return {name: float(v) if math.isfinite(v) else None for name, v in zip(classes, values)}
+def _overlay(thumbnail: np.ndarray, labels: np.ndarray, colors: Sequence[Sequence[int]]) -> np.ndarray:
+    """Class colours over the thumbnail, ``[h, w, 3]``, uint8."""
+    rows, cols = (
+        np.minimum(np.arange(shown) * full // shown, full - 1) for shown, full in zip(thumbnail.shape[:2], labels.shape)
+    )
+    return np.moveaxis(LabelOverlay(colors)(np.moveaxis(thumbnail, -1, 0), labels[rows][:, cols][None]), 0, -1)
 
 
 def _mean_over(values: np.ndarray, mass: np.ndarray | None) -> list[float]:
@@ -131,7 +131,7 @@ def write_output(folder: str | Path, output: SegmentationOutput) -> Path:
     write_ome_tiff(folder / "labels.tif", labels, channels=["label"], labels=True, description=described, **options)
     write_ome_tiff(folder / "labels_argmax.tif", first, channels=["label"], labels=True, description=described, **options)
     for name, values in (("confidence", output.confidence), ("segmentation", output.segmentation)):
-        write_ome_tiff(folder / f"{name}.tif", to_uint8(values), channels=classes, **options)
+        write_ome_tiff(folder / f"{name}.tif", to_uint8(values), channels=classes, colors=output.colors, **options)
     if output.spread is not None:
         write_ome_tiff(folder / "spread.tif", to_uint8(output.spread), channels=["spread"], **options)
     nothing = None if mass is None else mass <= 0
@@ -148,54 +148,36 @@ def write_output(folder: str | Path, output: SegmentationOutput) -> Path:
         labels, classes=classes, colors=output.colors, downsample=output.downsample, mpp=level0_mpp, min_area=64
     )
     write_geojson(folder / "segmentation.geojson", polygons)
-    with atomic_path(folder / "thumbnail.jpg") as temporary:
-        Image.fromarray(output.thumbnail).save(temporary, quality=88)
+    for name, picture in (("thumbnail", output.thumbnail), ("overlay", _overlay(output.thumbnail, labels, output.colors))):
+        with atomic_path(folder / f"{name}.jpg") as temporary:
+            Image.fromarray(picture).save(temporary, quality=88)
     present = labels != NO_TISSUE
     shares = np.bincount(labels[present], minlength=len(classes))[: len(classes)] / max(int(present.sum()), 1)
     refinement = output.refinement
-    summary = {
-        "name": output.name,
-        "kind": output.kind,
-        "source": output.source,
-        "classes": classes,
-        "colors": described["colors"],
-        "mpp": output.mpp,
-        "shape": list(labels.shape),
-        "level0_shape": list(output.level0_shape or labels.shape),
-        "downsample": output.downsample,
-        "tissue_fraction": float(present.mean()),
-        "proportions": {
-            "given": _by_class(classes, refinement["proportions_given"]),
-            "given_spread": _by_class(classes, output.given_spread),
-            "confidence": _by_class(classes, _mean_over(output.confidence, mass)),
-            "refined": _by_class(classes, refinement["proportions_refined"]),
-            "labels": _by_class(classes, shares.tolist()),
-        },
-        "psi": _by_class(classes, refinement["psi"]) if refinement["proportions_given"] is not None else None,
-        "energies": list(refinement["energies"]),
-        "residual": refinement["residual"],
-        "converged": refinement["converged"],
-        "reason": refinement["reason"],
-        "options": dict(output.options),
-        "seconds": {name: round(value, 3) for name, value in output.seconds.items()},
-        "version": monai_vslp.__version__,
-    }
-    path = write_json(folder / "summary.json", summary)
+    summary = build_summary(
+        name=output.name,
+        kind=output.kind,
+        source=output.source,
+        classes=classes,
+        colors=described["colors"],
+        shape=list(labels.shape),
+        confidence=_mean_over(output.confidence, mass),
+        refined=refinement["proportions_refined"],
+        labels=shares.tolist(),
+        given=refinement["proportions_given"],
+        given_spread=output.given_spread,
+        psi=None if refinement["proportions_given"] is None else refinement["psi"],
+        energies=refinement["energies"],
+        residual=refinement["residual"],
+        converged=refinement["converged"],
+        reason=refinement["reason"],
+        tissue_fraction=float(present.mean()),
+        mpp=output.mpp,
+        level0_shape=list(output.level0_shape or labels.shape),
+        downsample=output.downsample,
+        options=output.options,
+        seconds={name: round(value, 3) for name, value in output.seconds.items()},
+    )
+    path = write_json(folder / SUMMARY_NAME, summary)
     write_report(folder)
     return path
-
-
-def read_summary(folder: str | Path) -> dict[str, Any]:
-    """The ``summary.json`` of one segmented input.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    path = Path(folder) / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; is {folder} the output of 'monai-vslp segment'?") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged ({error}); segment this input again.") from error
-    return summary

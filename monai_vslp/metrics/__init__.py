@@ -1,5 +1,11 @@
 """Scores of segmentations and proportions."""
 
-from monai_vslp.metrics.segmentation import ConfusionMatrix, SegmentationScores, boundary_f1, expected_calibration_error
+from monai_vslp.metrics.segmentation import (
+    ConfusionMatrix,
+    ProportionError,
+    SegmentationScores,
+    boundary_f1,
+    expected_calibration_error,
+)
 
-__all__ = ["ConfusionMatrix", "SegmentationScores", "boundary_f1", "expected_calibration_error"]
+__all__ = ["ConfusionMatrix", "ProportionError", "SegmentationScores", "boundary_f1", "expected_calibration_error"]

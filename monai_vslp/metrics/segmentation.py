@@ -119,8 +119,7 @@ class ConfusionMatrix:
         """The same images with classes united.
 
         Args:
-            groups: the class indices that make up each new class; a class in none of them does not count as correct
-                or wrong anywhere, so a partition is what one wants.
+            groups: the class indices that make up each new class, a partition of all classes.
         """
         unite = np.zeros((len(groups), self.num_classes), dtype=np.int64)
         for row, members in enumerate(groups):

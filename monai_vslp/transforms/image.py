@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, RandomizableTransform, Transform
-from monai.utils import TransformBackends, convert_data_type, convert_to_dst_type
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 
 from monai_vslp.data.images import read_image
 from monai_vslp.networks.tta import jitter_stain
@@ -90,7 +90,7 @@ class RandStainJitter(RandomizableTransform):
             self.randomize()
         if not self._do_transform:
             return image
-        x = convert_data_type(image, torch.Tensor, track_meta=False)[0]
+        x = convert_to_tensor(image, track_meta=False)
         gain, offset = (torch.from_numpy(row) for row in self._draw)
         changed = jitter_stain(x[None], 1 + self.strength * gain, 0.2 * self.strength * offset)[0]
         return convert_to_dst_type(changed, image)[0]

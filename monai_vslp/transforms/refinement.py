@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
-from monai.utils import TransformBackends, convert_data_type, convert_to_dst_type
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 
 from monai_vslp.variational import RefinementOptions, RefinementResult, refine
 
@@ -57,14 +57,14 @@ class VariationalRefinement(Transform):
         Returns:
             The result without batch axis.
         """
-        q = convert_data_type(confidence, torch.Tensor, track_meta=False)[0].float()
+        q = convert_to_tensor(confidence, track_meta=False).float()
         if mass is not None:
-            mass = convert_data_type(mass, torch.Tensor, dtype=torch.float32, track_meta=False)[0]
+            mass = convert_to_tensor(mass, dtype=torch.float32, track_meta=False)
             mass = mass[0] if mass.ndim == 3 else mass
         if image is not None:
-            image = convert_data_type(image, torch.Tensor, track_meta=False)[0]
+            image = convert_to_tensor(image, track_meta=False)
         if proportions is not None:
-            proportions = convert_data_type(proportions, torch.Tensor, dtype=torch.float64, track_meta=False)[0]
+            proportions = convert_to_tensor(proportions, dtype=torch.float64, track_meta=False)
         options = replace(self.options, alpha=self.options.alpha / self.pixel_size)
         return refine(q, proportions, mass, image, **asdict(options))
 

@@ -1,1 +1,21 @@
-"""workflows"""
+"""What a command does, one readable page each."""
+
+from monai_vslp.workflows.demo import demo
+from monai_vslp.workflows.evaluate import evaluate, format_table
+from monai_vslp.workflows.pictures import ConfidencePicture
+from monai_vslp.workflows.report import report
+from monai_vslp.workflows.segment import datalist, segment
+from monai_vslp.workflows.slide import SlidePipeline
+from monai_vslp.workflows.train import train
+
+__all__ = [
+    "ConfidencePicture",
+    "SlidePipeline",
+    "datalist",
+    "demo",
+    "evaluate",
+    "format_table",
+    "report",
+    "segment",
+    "train",
+]

@@ -1,0 +1,157 @@
+"""Command line ``monai-vslp``: parses, calls a workflow, prints."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import monai_vslp
+from monai_vslp.networks.tta import TTA_GROUPS
+from monai_vslp.utils.errors import InputError
+
+__all__ = ["main"]
+
+
+def _trust(text: str) -> float:
+    value = math.inf if text.lower() in ("inf", "hard") else float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"trust must be positive or 'inf', got {text}.")
+    return value
+
+
+def _group(text: str) -> tuple[str, list[str]]:
+    name, separator, members = text.partition("=")
+    if not separator or not name or not members:
+        raise argparse.ArgumentTypeError(f"expected NAME=CLASS,CLASS, got {text!r}.")
+    return name, members.split(",")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="monai-vslp", description="Tissue maps from tissue percentages: train, segment, evaluate, report."
+    )
+    parser.add_argument("--version", action="version", version=f"monai_vslp {monai_vslp.__version__}")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, warnings only")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train, segment and evaluate on synthetic tissue, a few minutes on two cores")
+    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write (default: demo)")
+    demo.add_argument("--seed", type=int, default=0)
+
+    train = commands.add_parser("train", help="train from a table of proportions")
+    train.add_argument("table", type=Path, metavar="TABLE", help="CSV: image,split,patient,<one column per class>")
+    train.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that image names are relative to")
+    train.add_argument("--output", type=Path, required=True, metavar="RUN", help="bundle folder to write or continue")
+    train.add_argument("--backbone", metavar="NAME", help="timm model (default: a small transformer trained from scratch)")
+    train.add_argument("--weights", type=Path, metavar="FILE", help="local weights of the backbone (.safetensors, .pt)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--epochs", type=int, metavar="N", help="passes over the images")
+    train.add_argument("--mpp", type=float, metavar="X", help="µm/px of the images, needed to segment slides")
+    train.add_argument("--finetune", action="store_true", help="train the backbone too, not the head alone")
+    train.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
+    train.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
+
+    segment = commands.add_parser("segment", help="segment images, folders or slides")
+    segment.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    segment.add_argument("--model", type=Path, required=True, metavar="RUN", help="bundle folder of 'train'")
+    segment.add_argument("--output", type=Path, required=True, metavar="OUT")
+    segment.add_argument("--proportions", type=Path, metavar="TABLE", help="proportions of the inputs; blank means unknown")
+    segment.add_argument("--mpp", type=float, metavar="X", help="µm/px of the inputs, for slides that do not say")
+    segment.add_argument("--trust", type=_trust, metavar="RHO", help="trust in the proportions, 'inf' (default) to meet them")
+    segment.add_argument("--alpha", type=float, metavar="A", help="strength of the regularizer")
+    segment.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
+    segment.add_argument("--overwrite", action="store_true", help="compute again what is done")
+
+    evaluate = commands.add_parser("evaluate", help="compare segmentations with masks")
+    evaluate.add_argument("output", type=Path, metavar="OUT")
+    evaluate.add_argument("--masks", type=Path, required=True, metavar="DIR", help="index masks <stem>.png or .tif")
+    evaluate.add_argument(
+        "--group",
+        type=_group,
+        action="append",
+        metavar="NAME=CLASS,CLASS",
+        help="also score these classes together against the rest",
+    )
+
+    report = commands.add_parser("report", help="write the HTML reports anew")
+    report.add_argument("output", type=Path, metavar="OUT")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from monai_vslp import workflows
+
+    progress = not options.quiet
+    if options.command == "demo":
+        workflows.demo(options.output, seed=options.seed, progress=progress)
+    elif options.command == "train":
+        run = workflows.train(
+            options.table,
+            options.images,
+            options.output,
+            backbone=options.backbone,
+            weights=options.weights,
+            seed=options.seed,
+            epochs=options.epochs,
+            mpp=options.mpp,
+            finetune=options.finetune,
+            restart=options.restart,
+            tracking_uri=options.tracking_uri,
+            progress=progress,
+        )
+        print(f"Trained. Segment with: monai-vslp segment INPUT --model {run} --output OUT")
+    elif options.command == "segment":
+        failures = workflows.segment(
+            options.inputs,
+            options.model,
+            options.output,
+            proportions=options.proportions,
+            mpp=options.mpp,
+            trust=options.trust,
+            alpha=options.alpha,
+            views=options.tta,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+        for stem, reason in failures.items():
+            print(f"monai-vslp: {stem} failed: {reason}", file=sys.stderr)
+        print(f"Report: {options.output / 'report.html'}")
+        return 1 if failures else 0
+    elif options.command == "evaluate":
+        workflows.evaluate(options.output, options.masks, groups=dict(options.group) if options.group else None)
+    else:
+        print(workflows.report(options.output))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: words of the command line; None for the process's own.
+
+    Returns:
+        0 for success, 1 where some inputs failed, 2 for wrong input, 3 for a full disk, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(levelname)s %(message)s")
+    for noisy in ("ignite", "alembic", "mlflow", "monai", "BundleWorkflow", "matplotlib", "PIL", "tifffile"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return _run(options)
+    except InputError as error:
+        print(f"monai-vslp {options.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"monai-vslp {options.command}: no space left: {error}. What was finished is kept.", file=sys.stderr)
+            return 3
+        raise
+    except KeyboardInterrupt:
+        print(f"\nmonai-vslp {options.command}: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        return 130

@@ -1,0 +1,110 @@
+"""Bundle folders: made from the template that ships with the package, run in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigWorkflow
+
+import monai_vslp
+from monai_vslp.utils.atomic import write_json
+from monai_vslp.utils.errors import InputError
+
+__all__ = ["BUNDLE", "create_run", "read_config", "run_config", "template"]
+
+BUNDLE = "pathology_tissue_proportion_segmentation"
+CONFIGS = ("train.json", "inference.json", "slide_inference.json", "evaluate.json")
+
+
+def template() -> Path:
+    """The bundle folder that ships with the package, installed or in a checkout."""
+    package = Path(monai_vslp.__file__).parent
+    for folder in (package / "_bundles" / BUNDLE, package.parent / "bundles" / BUNDLE):
+        if (folder / "configs").is_dir():
+            return folder
+    raise FileNotFoundError(f"the bundle {BUNDLE} is missing from the installation in {package}; install monai_vslp again.")
+
+
+def read_config(run: Path, name: str) -> dict[str, Any]:
+    """One config of a bundle folder as plain JSON.
+
+    Raises:
+        InputError: the folder is no bundle of this project.
+    """
+    path = run / "configs" / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; {run} is no folder that 'monai-vslp train' wrote.") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def create_run(run: Path, values: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Make ``run`` a bundle folder: the template with ``values`` set wherever a config has that key.
+
+    Args:
+        run: folder to make or bring up to date.
+        values: plain JSON values for top-level keys of the configs.
+        classes: class names, for the metadata.
+    """
+    source = template()
+    for name in ("LICENSE", "docs"):
+        origin = source / name
+        if origin.is_dir():
+            shutil.copytree(origin, run / name, dirs_exist_ok=True)
+        else:
+            run.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin, run / name)
+    for name in CONFIGS:
+        config = read_config(source, name)
+        config.update({key: value for key, value in values.items() if key in config})
+        write_json(run / "configs" / name, config)
+    metadata = read_config(source, "metadata.json")
+    output = metadata["network_data_format"]["outputs"]["pred"]
+    output["num_channels"] = len(classes)
+    output["channel_def"] = {str(i): name for i, name in enumerate(classes)}
+    write_json(run / "configs" / "metadata.json", metadata)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What went wrong before MONAI wrapped it."""
+    while error.__cause__ is not None and not isinstance(error, (InputError, OSError)):
+        error = error.__cause__
+    return error
+
+
+def run_config(run: Path, name: str, **overrides: Any) -> Any:
+    """Run one config of a bundle folder as ``python -m monai.bundle run`` does, in this process.
+
+    Raises:
+        InputError, OSError: as the parts raised them, without MONAI's wrapping.
+    """
+    logging.getLogger("ignite.engine.engine").setLevel(logging.ERROR)
+    try:
+        workflow = ConfigWorkflow(
+            config_file=str(run / "configs" / name),
+            meta_file=str(run / "configs" / "metadata.json"),
+            logging_file=False,
+            workflow_type="train" if name.startswith("train") else "inference",
+            bundle_root=str(run),
+            **overrides,
+        )
+        workflow.initialize()
+        result = workflow.run()
+        workflow.finalize()
+    except RuntimeError as error:
+        cause = _root_cause(error)
+        if isinstance(cause, (InputError, OSError)):
+            raise cause from None
+        raise
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return result

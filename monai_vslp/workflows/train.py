@@ -1,0 +1,133 @@
+"""``monai-vslp train``: from a table of proportions to a bundle folder with a trained network."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from monai_vslp.data.cohort import read_cohort
+from monai_vslp.data.images import check_images
+from monai_vslp.networks.backbone import load_weights
+from monai_vslp.utils.errors import InputError
+from monai_vslp.workflows.bundle import create_run, run_config
+
+__all__ = ["FROM_SCRATCH", "train"]
+
+logger = logging.getLogger(__name__)
+
+# Without weights there is nothing to freeze: a small transformer learns from the cohort alone.
+FROM_SCRATCH: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "backbone_kwargs": {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
+    "blocks": [1, 3],
+    "window": 64,
+    "freeze_backbone": False,
+    "cache_features": False,
+    "learning_rate": 1e-3,
+    "batch_size": 8,
+    "mean": [0.7, 0.55, 0.7],
+    "std": [0.2, 0.2, 0.2],
+}
+DEFAULT_BACKBONE = "vit_tiny_patch16_224"
+ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
+
+
+def _mpp(cohort, stated: float | None) -> float | None:
+    """µm/px of the training images: said by hand, or the one value of the table."""
+    values = {record.mpp for record in cohort.split("train").records if record.mpp is not None}
+    if stated is not None:
+        return stated
+    if len(values) > 1:
+        raise InputError(
+            f"the training images have different µm/px ({sorted(values)}); bring them to one scale first, a network learns "
+            "tissue at one scale."
+        )
+    return values.pop() if values else None
+
+
+def train(
+    table: str | Path,
+    images: str | Path,
+    output: str | Path,
+    *,
+    backbone: str | None = None,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    epochs: int | None = None,
+    mpp: float | None = None,
+    finetune: bool = False,
+    restart: bool = False,
+    tracking_uri: str | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Path:
+    """Train on the rows of split ``train``, watch those of ``val``, and leave a usable bundle folder.
+
+    With weights the backbone is frozen, its features are cached and a head is trained; ``finetune`` trains all of it.
+    Without weights and backbone a small transformer is trained from scratch. Interrupted runs continue with the same
+    command.
+
+    Args:
+        table: ``image,split,patient,<one column per class>``; see :func:`monai_vslp.data.read_cohort`.
+        images: folder that image names are relative to.
+        output: the bundle folder to write.
+        backbone: name of a timm model.
+        weights: local file with its weights.
+        seed: seed of all random draws.
+        epochs: passes over the bags; None for the default.
+        mpp: µm/px of the images, needed for slides; None takes the table's column ``mpp``.
+        finetune: train the backbone too.
+        restart: throw away an earlier run in ``output``.
+        tracking_uri: MLflow server or store; SQLite in ``output`` by default.
+        progress: show progress bars.
+        **overrides: top-level values of the bundle's ``train.json``.
+
+    Returns:
+        The bundle folder.
+
+    Raises:
+        InputError: a table, image or option that cannot be used, before any computing.
+    """
+    run = Path(output)
+    cohort = read_cohort(table, images)
+    training = cohort.split("train")
+    if len(training) == 0:
+        raise InputError(f"table {table} has no rows of split 'train'.")
+    if len(cohort.classes) < 2:
+        raise InputError(f"table {table} has the one class {cohort.classes[0]!r}; give at least two columns of proportions.")
+    if weights is not None:
+        load_weights(weights)  # a damaged file is found before the images are read
+    if (run / "configs").exists() and restart:
+        for name in ("configs", "models"):
+            shutil.rmtree(run / name, ignore_errors=True)
+    elif run.exists() and not (run / "configs").exists() and any(run.iterdir()):
+        raise InputError(f"output folder {run} holds other files; choose an empty one.")
+    check_images(record.image for record in (*training.records, *cohort.split("val").records))
+    scale = _mpp(cohort, mpp)
+    if scale is None:
+        logger.warning("No µm/px known for the images (--mpp or a column mpp): slides will be read at %g µm/px.", ASSUMED_MPP)
+    values: dict[str, Any] = dict(FROM_SCRATCH) if weights is None and backbone is None else {}
+    if backbone is not None or weights is not None:
+        frozen = weights is not None and not finetune
+        values = {
+            "backbone": backbone or DEFAULT_BACKBONE,
+            "weights": None if weights is None else str(Path(weights).absolute()),
+            "freeze_backbone": frozen,
+            "cache_features": frozen,
+            "learning_rate": 3e-3 if frozen else 1e-4,
+        }
+    values |= {
+        "table": str(Path(table).absolute()),
+        "dataset_dir": str(Path(images).absolute()),
+        "classes": list(cohort.classes),
+        "seed": seed,
+        "tracking_uri": tracking_uri,
+        "mpp": scale if scale is not None else ASSUMED_MPP,
+        **({} if epochs is None else {"epochs": epochs}),
+        **overrides,
+    }
+    create_run(run, values, cohort.classes)
+    run_config(run, "train.json", progress=progress)
+    return run

@@ -25,6 +25,7 @@ import monai_vslp
 names = [m.name for m in pkgutil.walk_packages(monai_vslp.__path__, "monai_vslp.") if not m.name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
+print("REPORT")
 print(len(names))
 import torch
 print(monai_vslp.variational.refine(torch.full((2, 4, 4), 0.5), [0.3, 0.7]).converged)
@@ -38,7 +39,7 @@ except Exception as error:
 def test_every_module_imports_without_optional_packages():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    number, converged, said = done.stdout.strip().split("\n", 2)
+    number, converged, said = done.stdout.split("REPORT\n")[1].strip().split("\n", 2)  # MONAI's imports print, too
     assert int(number) >= 40
     assert converged == "True"
     assert "timm" in said

@@ -291,7 +291,7 @@ def write_cohort(folder: str | Path, train: int = 120, val: int = 20, size: int 
     rows, shares = [], []
     for index in range(train + val):
         split = "train" if index < train else "val"
-        patient = (index if index < train else index + 3 - train % 4) // 4
+        patient = index // 4 if index < train else -(-train // 4) + (index - train) // 4
         tissue = synthetic_image((size, size), seed=seed * 10_007 + index, stain_seed=seed * 10_007 + 5_000 + patient)
         name = f"{split}_{index:04d}.png"
         for kind, array in (("images", tissue.image), ("masks", tissue.mask)):

@@ -1,6 +1,7 @@
 """Inferers: test-time augmentation, training views, whole slides."""
 
-from monai_vslp.inferers.bags import ProportionInferer, TwoViewInferer
+from monai_vslp.inferers.bags import BagInferer, ProportionInferer
+from monai_vslp.inferers.slide import SlideMap, infer_slide
 from monai_vslp.inferers.tta import TTAInferer
 
-__all__ = ["ProportionInferer", "TTAInferer", "TwoViewInferer"]
+__all__ = ["BagInferer", "ProportionInferer", "SlideMap", "TTAInferer", "infer_slide"]

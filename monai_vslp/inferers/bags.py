@@ -1,4 +1,4 @@
-"""Inferers of training: two aligned views of a bag, and the proportions that a network predicts for it."""
+"""Inferers of training: aligned views of a bag, and the proportions that a network predicts for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from monai.inferers import Inferer
 from monai_vslp.networks.confidence import pool_proportions
 from monai_vslp.networks.tta import SYMMETRIES
 
-__all__ = ["ProportionInferer", "TwoViewInferer"]
+__all__ = ["BagInferer", "ProportionInferer"]
 
 
 def _is_features(inputs: torch.Tensor) -> bool:
@@ -18,12 +18,18 @@ def _is_features(inputs: torch.Tensor) -> bool:
     return inputs.ndim == 5
 
 
-class TwoViewInferer(Inferer):
-    """Logits of two views of each bag on one token grid, for proportion and consistency losses.
+class BagInferer(Inferer):
+    """Logits of views of each bag on one token grid, for proportion and consistency losses.
 
-    Of cached features two different views are drawn at random; an image is seen as it is and under a random symmetry of
-    the square. Draws come from torch's global generator, so that seeding it makes training repeatable.
+    Of cached features different views are drawn at random; an image is seen under different symmetries of the square. Draws
+    come from torch's global generator, so that seeding it makes training repeatable.
+
+    Args:
+        views: how many views; two or more let views be compared, one is as many times cheaper.
     """
+
+    def __init__(self, views: int = 2) -> None:
+        self.views = views
 
     def __call__(self, inputs: torch.Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """
@@ -32,15 +38,17 @@ class TwoViewInferer(Inferer):
             network: a network with ``features`` and ``head``.
 
         Returns:
-            Logits ``[B, 2, C, h, w]`` of the two views, aligned.
+            Logits ``[B, views, C, h, w]``, aligned.
         """
+        available = inputs.shape[1] if _is_features(inputs) else len(SYMMETRIES)
+        chosen = torch.randperm(available)[: self.views].tolist()
         if _is_features(inputs):
-            chosen = torch.randperm(inputs.shape[1])[:2].tolist()
-            return torch.stack([network.head(inputs[:, view]) for view in (chosen[0], chosen[-1])], dim=1)
-        view = SYMMETRIES[int(torch.randint(1, len(SYMMETRIES), ()))]
-        plain = network.head(network.features(inputs))
-        turned = view.inverse(network.head(network.features(view.forward(inputs))))
-        return torch.stack([plain, turned], dim=1)
+            return torch.stack([network.head(inputs[:, view]) for view in chosen], dim=1)
+
+        def logits(x: torch.Tensor) -> torch.Tensor:
+            return network.head(network.features(x))
+
+        return torch.stack([SYMMETRIES[view](inputs, logits) for view in chosen], dim=1)
 
 
 class ProportionInferer(Inferer):

@@ -141,8 +141,8 @@ def read_map_tiff(path: str | Path, longest: int | None = None) -> np.ndarray:
             for level in levels[1:]:
                 if longest is not None and max(level.shape[-2:]) >= longest:
                     chosen = level
-            needed = max(page.dataoffsets[-1] + page.databytecounts[-1] for page in chosen.pages)
-            needed = max(needed, *(file.pages[0].subifds or (0,)), 0)
+            pages = [page for level in levels for page in level.pages]
+            needed = max(page.dataoffsets[-1] + page.databytecounts[-1] for page in pages)
             if needed > Path(path).stat().st_size:  # tifffile would fill in zeros
                 raise EOFError(f"it is cut short, it needs at least {needed} bytes")
             array = chosen.asarray()

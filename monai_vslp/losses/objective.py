@@ -14,10 +14,10 @@ __all__ = ["BagObjective"]
 
 
 class BagObjective(nn.Module):
-    r"""What training minimises for two views :math:`v` of each bag:
+    r"""What training minimises for :math:`V` views of each bag:
 
     .. math::
-        \tfrac12\sum_v \mathrm{KL}(p\,\|\,\hat p^{(v)}) + \lambda_H \tfrac12\sum_v H(q^{(v)})
+        \tfrac1V\sum_v \mathrm{KL}(p\,\|\,\hat p^{(v)}) + \lambda_H \tfrac1V\sum_v H(q^{(v)})
         + \lambda_c \lVert q^{(1)} - q^{(2)}\rVert^2
 
     The proportion term alone is also minimal for a flat map that says :math:`p` everywhere; a small entropy term and
@@ -25,7 +25,7 @@ class BagObjective(nn.Module):
 
     Args:
         entropy: :math:`\lambda_H \ge 0`.
-        consistency: :math:`\lambda_c \ge 0`.
+        consistency: :math:`\lambda_c \ge 0`; no term where there is one view only.
     """
 
     def __init__(self, entropy: float = 0.1, consistency: float = 0.5) -> None:
@@ -37,7 +37,7 @@ class BagObjective(nn.Module):
     def forward(self, logits: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """
         Args:
-            logits: shape ``[B, 2, C, h, w]``, two aligned views.
+            logits: shape ``[B, V, C, h, w]``, aligned views.
             target: ``proportions`` ``[B, C]`` and tissue ``mass`` ``[B, 1, H, W]`` at the resolution of tokens or pixels.
 
         Returns:
@@ -46,4 +46,6 @@ class BagObjective(nn.Module):
         mass = token_mass(target["mass"], target["mass"].shape[-1] // logits.shape[-1])
         views = logits.unbind(dim=1)
         loss = sum(self.proportion(view, target["proportions"], mass) for view in views) / len(views)
+        if len(views) == 1 or not self.consistency:
+            return loss
         return loss + self.consistency * self.agreement(views[0], views[1], mass)

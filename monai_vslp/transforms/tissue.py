@@ -19,7 +19,7 @@ remove_small_objects, _ = optional_import("skimage.morphology", name="remove_sma
 remove_small_holes, _ = optional_import("skimage.morphology", name="remove_small_holes")
 
 # Optical densities: stained tissue is never as clear as the lower bound, glass never as dense as the upper one.
-CLEAREST_TISSUE, DENSEST_GLASS = 0.03, 0.12
+CLEAREST_TISSUE, DENSEST_GLASS = 0.02, 0.045
 BLACK = 40  # brighter channels than this are no pen stroke and no scanner border
 
 

@@ -86,7 +86,8 @@ def run_config(run: Path, name: str, **overrides: Any) -> Any:
     Raises:
         InputError, OSError: as the parts raised them, without MONAI's wrapping.
     """
-    logging.getLogger("ignite.engine.engine").setLevel(logging.ERROR)
+    for noisy in ("ignite.engine.engine", "monai.bundle.workflows"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)  # they report what is raised anyway, and a choice made here
     try:
         workflow = ConfigWorkflow(
             config_file=str(run / "configs" / name),

@@ -26,7 +26,7 @@ def demo(
     train_images: int = 120,
     val_images: int = 16,
     slide_side: int = 8192,
-    epochs: int = 12,
+    epochs: int = 10,
 ) -> Path:
     """Make a cohort and a slide, train from proportions only, segment, refine, evaluate against masks kept aside.
 

@@ -263,3 +263,18 @@ def test_wrong_words_are_explained(words, capsys):
         main(words)
     assert error.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_monai_bundle_run_executes_the_configs_of_a_run(cohort, model, tmp_path):
+    """MONAI's own command segments a folder and evaluates it, with nothing of ours but the bundle folder."""
+    out = tmp_path / "out"
+    common = ["--meta_file", str(model / "configs" / "metadata.json"), "--bundle_root", str(model), "--output_dir", str(out)]
+    for words in (
+        ["inference.json", "--dataset_dir", str(cohort.parent / "images"), "--proportions", str(cohort)],
+        ["evaluate.json", "--masks", str(cohort.parent / "masks")],
+    ):
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(model / "configs" / words[0]), *common]
+        done = subprocess.run([*command, *words[1:]], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(out.glob("*/labels.tif"))) == 8
+    assert "mIoU" in done.stdout and (out / "evaluation.json").exists()

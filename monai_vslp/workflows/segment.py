@@ -154,7 +154,7 @@ def segment(
             open_slide(path, mpp=mpp).close()  # unreadable, or of unknown scale: said before hours are spent on others
             opened.append(path)
         except SlideError as error:
-            logger.error("%s", error)
+            logger.info("%s", error)
             failures[path.stem] = str(error)
     if todo_images:
         given_mpp = {} if mpp is None else {"mpp": mpp}
@@ -177,7 +177,7 @@ def segment(
                 **settings,
             )
         except SlideError as error:
-            logger.error("%s", error)
+            logger.info("%s", error)
             failures[path.stem] = str(error)
     if any(output.glob("*/summary.json")):
         write_index(output)

@@ -11,35 +11,70 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_data_type, convert_to_dst_type, optional_import
 
+from monai_vslp.utils.errors import InputError
+
 __all__ = ["TissueMask", "TissueMaskD", "TissueMaskDict", "TissueMaskd"]
 
 gaussian_filter, _ = optional_import("scipy.ndimage", name="gaussian_filter")
+label, _ = optional_import("scipy.ndimage", name="label")
 threshold_otsu, _ = optional_import("skimage.filters", name="threshold_otsu")
-remove_small_objects, _ = optional_import("skimage.morphology", name="remove_small_objects")
-remove_small_holes, _ = optional_import("skimage.morphology", name="remove_small_holes")
 
-# Optical densities: stained tissue is never as clear as the lower bound, glass never as dense as the upper one.
-CLEAREST_TISSUE, DENSEST_GLASS = 0.02, 0.045
+# Optical densities. A piece counts as tissue if it reaches Otsu's threshold, and extends down to half of that; each is kept
+# within bounds, for glass is never as dense as the upper ones and stained tissue never as clear as the lower.
+SEED_BOUNDS = (0.02, 0.045)
+EXTENT_BOUNDS = (0.012, 0.018)
 BLACK = 40  # brighter channels than this are no pen stroke and no scanner border
+PEN = 0.15  # optical density from which a hue is judged
+
+
+def _pen(density: np.ndarray) -> np.ndarray:
+    """Ink: green or blue where red is absorbed clearly more than green, red where blue is absorbed as much as green.
+
+    Haematoxylin and eosin both absorb green most and blue least. Bounds leave room for bluish nuclei and for blood.
+
+    Args:
+        density: optical density in R, G, B, shape ``[3, H, W]``.
+    """
+    red, green, blue = density
+    cold = (red > PEN) & (red > 1.25 * green)
+    warm = (green > PEN) & (blue > 0.85 * green) & (red < 0.25 * green)
+    return cold | warm
+
+
+def _without_small(mask: np.ndarray, size: float) -> np.ndarray:
+    """Drop connected pieces of fewer than ``size`` px; those at the border may go on beyond it and stay from a tenth."""
+    size = min(size, mask.size / 4)  # in a picture smaller than the largest hole, glass is still no hole
+    pieces, count = label(mask)
+    least = np.full(count + 1, float(size))
+    least[np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])] = size / 10
+    keep = np.bincount(pieces.ravel(), minlength=count + 1) >= least
+    keep[0] = False
+    return keep[pieces]
 
 
 class TissueMask(Transform):
     """Mark stained tissue.
 
     The mean optical density, smoothed, is thresholded by Otsu's method within bounds, so that a picture of nothing but
-    tissue and one of nothing but glass come out right. Holes such as lumina and fat vacuoles belong to the tissue up to
-    ``max_hole``; specks below ``min_size`` and black borders do not.
+    tissue and one of nothing but glass come out right; from there tissue extends as far as anything is stained at all, so
+    that fat beside dense tissue is not lost. Holes such as lumina and fat vacuoles belong to the tissue up to ``max_hole``;
+    specks below ``min_size``, coloured pen and black borders do not.
 
     Args:
         mpp: µm/px of the images given.
         smooth: standard deviation of the smoothing, µm.
         max_hole: largest hole that is filled, µm².
         min_size: smallest piece that is kept, µm².
+
+    Raises:
+        InputError: ``mpp`` is not positive.
     """
 
     backend = [TransformBackends.NUMPY]
 
-    def __init__(self, mpp: float = 8.0, smooth: float = 12.0, max_hole: float = 4e4, min_size: float = 1e4) -> None:
+    def __init__(self, mpp: float = 8.0, smooth: float = 9.0, max_hole: float = 4e4, min_size: float = 1e4) -> None:
+        if not mpp > 0:
+            raise InputError(f"mpp must be a positive number of µm per px, got {mpp}.")
         self.mpp, self.smooth, self.max_hole, self.min_size = mpp, smooth, max_hole, min_size
 
     def __call__(self, image: NdarrayOrTensor) -> NdarrayOrTensor:
@@ -49,21 +84,37 @@ class TissueMask(Transform):
 
         Returns:
             Bool mask, shape ``[1, H, W]``, of the type of ``image``.
+
+        Raises:
+            InputError: not three channels, or floats beyond [0, 1].
         """
-        rgb = convert_data_type(image, np.ndarray)[0].astype(np.float32)
-        if convert_data_type(image, np.ndarray)[0].dtype != np.uint8:
-            rgb = rgb * 255.0
+        rgb = convert_data_type(image, np.ndarray)[0]
+        if rgb.ndim != 3 or rgb.shape[0] != 3:
+            raise InputError(f"tissue is looked for in RGB images of shape [3, H, W], got {list(rgb.shape)}.")
+        if rgb.dtype == np.uint8:
+            rgb = rgb.astype(np.float32)
+        elif rgb.max() <= 1.001:
+            rgb = 255.0 * rgb.astype(np.float32)
+        else:
+            raise InputError(f"images that are not uint8 need values in [0, 1], got a maximum of {rgb.max():g}; divide by 255.")
         border = rgb.max(axis=0) < BLACK
-        # Glass is what most bright pixels show; scanners do not render it as exactly white.
-        bright = np.quantile(rgb.reshape(3, -1), 0.99, axis=1).clip(200.0, 255.0)[:, None, None]
-        density = -np.log10(np.clip(rgb / bright, 1 / 255, 1.0)).mean(axis=0)
-        density[border] = 0.0
-        density = gaussian_filter(density, self.smooth / self.mpp)
-        threshold = float(np.clip(threshold_otsu(density), CLEAREST_TISSUE, DENSEST_GLASS))
-        mask = density > threshold
+        # Glass is what most bright pixels show; scanners do not render it as exactly white. Noise must not brighten it.
+        quiet = gaussian_filter(rgb, (0, 2, 2))
+        glass = np.quantile(quiet.reshape(3, -1), 0.99, axis=1).clip(200.0, 255.0)[:, None, None]
+        density = -np.log10(np.maximum(rgb / glass, 1 / 255))
+        density[:, border] = 0.0
+        density = gaussian_filter(density, (0, self.smooth / self.mpp, self.smooth / self.mpp))
+        mean = density.mean(axis=0)
+        mean[_pen(density)] = 0.0
+        otsu = threshold_otsu(mean)
+        pieces, count = label(mean > np.clip(otsu / 2, *EXTENT_BOUNDS))
+        dense = mean > np.clip(otsu, *SEED_BOUNDS)
+        keep = np.zeros(count + 1, dtype=bool)
+        keep[np.unique(pieces[dense])] = True
+        keep[0] = False
         pixel = self.mpp**2
-        mask = remove_small_objects(mask, max_size=max(1, int(self.min_size / pixel)))
-        mask = remove_small_holes(mask, max_size=max(1, int(self.max_hole / pixel)))
+        mask = _without_small(keep[pieces], self.min_size / pixel)
+        mask = ~_without_small(~mask, self.max_hole / pixel)
         return convert_to_dst_type(mask[None], image, dtype=torch.bool if isinstance(image, torch.Tensor) else bool)[0]
 
 

@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--mpp", type=float, metavar="X", help="µm/px of the inputs, for slides that do not say")
     segment.add_argument("--trust", type=_trust, metavar="RHO", help="trust in the proportions, 'inf' (default) to meet them")
     segment.add_argument("--alpha", type=float, metavar="A", help="strength of the regularizer")
+    segment.add_argument(
+        "--band",
+        type=float,
+        metavar="STEP",
+        help="also find the labels that hang on one rounding step of the proportions, in %%",
+    )
     segment.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
     segment.add_argument("--overwrite", action="store_true", help="compute again what is done")
 
@@ -115,6 +121,7 @@ def _run(options: argparse.Namespace) -> int:
             trust=options.trust,
             alpha=options.alpha,
             views=options.tta,
+            band=options.band,
             overwrite=options.overwrite,
             progress=progress,
         )

@@ -25,14 +25,17 @@ from monai_vslp.transforms.overlay import COLORMAPS, NO_TISSUE_COLOR, EnergyPict
 from monai_vslp.utils.atomic import write_text
 from monai_vslp.utils.errors import ImageReadError, InputError
 
-__all__ = ["REPORT_NAME", "disagreement", "write_index", "write_report"]
+__all__ = ["BAND_MAP", "REPORT_NAME", "band_picture", "disagreement", "write_index", "write_report"]
 
 Image, _ = optional_import("PIL.Image")
 
 REPORT_NAME = "report.html"
+BAND_MAP = "band.tif"  # how many moves of a rounding step change a label, and what it then is
 SIDE = 1600  # px, longer side of the pictures in a report
 INDEX_SIDE = 280  # px, longer side of the pictures in the index
 NO_TISSUE = 255  # label of pixels without tissue
+BAND_LINE = (45, 45, 45)  # colour of the line around what hangs on a rounding step
+BAND_MOVES = 6  # moves of a rounding step that are listed, those with most effect
 SAME_WEIGHT = 0.05  # offsets closer than this to the mean leave a class as the image shows it
 
 logger = logging.getLogger(__name__)
@@ -146,9 +149,39 @@ def _read_energies(path: Path) -> dict[str, np.ndarray]:
     return {name: values[:: steps[name], :: steps[name]].astype(np.float32) for name, values in maps.items()}
 
 
-def _overlay(photo: np.ndarray, labels: np.ndarray, colors: Sequence[Sequence[int]], alpha: float = 0.4) -> np.ndarray:
-    draw = LabelOverlay(colors, alpha, outline=max(1, round(max(photo.shape) / 800)))
+def _overlay(
+    photo: np.ndarray, labels: np.ndarray, colors: Sequence[Sequence[int]], alpha: float = 0.4, outline: int | None = None
+) -> np.ndarray:
+    draw = LabelOverlay(colors, alpha, max(1, round(max(photo.shape) / 800)) if outline is None else outline)
     return np.moveaxis(draw(np.moveaxis(photo, -1, 0), _nearest(labels, photo.shape[:2])), 0, -1)
+
+
+def band_picture(photo: np.ndarray, labels: np.ndarray, band: np.ndarray, colors: Sequence[Sequence[int]]) -> np.ndarray:
+    """A faded map in which only what hangs on a rounding step has full colour: that of the class it would become.
+
+    Args:
+        photo: shape ``[h, w, 3]``, uint8.
+        labels: class indices, shape ``[H, W]``; 255 without tissue.
+        band: shape ``[2, H, W]``, uint8: number of moves that change the label, and the other class, 255 for none.
+        colors: RGB per class.
+
+    Returns:
+        RGB, shape ``[h, w, 3]``, uint8.
+    """
+    size = photo.shape[:2]
+    shown, other = _nearest(labels, size), _nearest(band[1], size)
+    grey = photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    faded = _overlay(np.round(130 + grey * (125 / 255)).astype(np.uint8), shown, colors, alpha=0.22, outline=0)
+    marked = other != NO_TISSUE
+    near = marked.copy()
+    for shift in range(1, max(1, round(max(size) / 800)) + 1):
+        near[shift:] |= marked[:-shift]
+        near[:-shift] |= marked[shift:]
+        near[:, shift:] |= marked[:, :-shift]
+        near[:, :-shift] |= marked[:, shift:]
+    # The line lies outside, so that a band one pixel wide keeps its colour; quiet colours need it to be seen.
+    faded[near & ~marked] = BAND_LINE
+    return np.where(marked[..., None], _flat(other, colors), faded)
 
 
 def _flat(labels: np.ndarray, colors: Sequence[Sequence[int]]) -> np.ndarray:
@@ -453,12 +486,53 @@ def _spread(folder: Path, energies: Mapping[str, np.ndarray], labels: np.ndarray
     return f'<h2>How steady the network is</h2><div class="grid two">{figure}</div>'
 
 
+def _band(summary: Mapping[str, Any], folder: Path, labels: np.ndarray | None) -> str:
+    """What hangs on one rounding step of the proportions, where that was asked for."""
+    band = summary.get("band")
+    if band is None:
+        return ""
+    given, colors = summary["proportions"]["given"], dict(zip(summary["classes"], summary["colors"]))
+    photo, figure = _read_photo(folder / "thumbnail.jpg", SIDE), ""
+    if photo is not None and labels is not None and (folder / BAND_MAP).exists():
+        figure = _figure(
+            band_picture(photo, labels, read_map_tiff(folder / BAND_MAP, SIDE), summary["colors"]),
+            "What hangs on one step",
+            "Full colour: the class that a pixel would become. Faded: it keeps its class.",
+        )
+    rows = [
+        [_class(name, colors[name]), _percent(given[name]), *(_percent(area[key]) for key in ("map", "lower", "upper"))]
+        for name, area in band["areas"].items()
+    ]
+    areas = _table(["Class", "Given", "In the map", "At least", "At most"], rows, "Share of the tissue", right=(1, 2, 3, 4))
+    largest = sorted(band["moves"], key=lambda move: -move["flipped"])[:BAND_MOVES]
+    rows = [
+        [_class(m["from"], colors[m["from"]]), _class(m["to"], colors[m["to"]]), _percent(m["amount"]), _percent(m["flipped"])]
+        for m in largest
+    ]
+    caption = (
+        "Every step"
+        if len(largest) == len(band["moves"])
+        else f"The {len(largest)} of {len(band['moves'])} steps with most effect"
+    )
+    moves = _table(["From", "To", "Moved", "Tissue that changes class"], rows, caption, right=(2, 3))
+    warning = "" if band["converged"] else (
+        '<p class="warning">Not every one of these refinements converged, so some pixels may be marked for that reason.</p>'
+    )  # fmt: skip
+    return (
+        "<h2>What hangs on one rounding step</h2>"
+        f"<p class=note>The given proportions were moved by {_percent(band['step'])} of the tissue from each class to each "
+        "other one, as someone who rounds could have given them, and the map was refined anew. "
+        f"<b>{_percent(band['flipped'])}</b> of the tissue changes its class in at least one of these {len(band['moves'])} "
+        f'maps; the rest keeps it in all of them.</p>{warning}<div class="grid two">{figure}<div>{areas}{moves}</div></div>'
+    )
+
+
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` from the files of one segmented input.
 
     Args:
         folder: holds ``summary.json`` and, where they were made, ``thumbnail.jpg``, ``labels.tif``, ``labels_argmax.tif``,
-            ``energies.npz`` and ``spread.tif``; what is absent is left out. Maps of slides are read reduced.
+            ``energies.npz``, ``spread.tif`` and ``band.tif``; what is absent is left out. Maps of slides are read reduced.
 
     Returns:
         Path of the report, a file that needs no other file and no network.
@@ -474,7 +548,7 @@ def write_report(folder: str | Path) -> Path:
     body = (
         f"{_opening(summary)}{_maps(summary, folder)}<h2>Proportions</h2>{_bars(summary)}"
         f"<h2>Why a pixel got its class</h2>{_energies(energies, labels)}{_spread(folder, energies, labels)}"
-        f"<h2>What the given proportions did</h2>{_offsets(summary)}"
+        f"<h2>What the given proportions did</h2>{_offsets(summary)}{_band(summary, folder, labels)}"
         f"<h2>How the solution was found</h2>{_curve(summary['energies'])}<h2>Details</h2>{_facts(summary)}"
     )
     return write_text(folder / REPORT_NAME, _page(f"{summary['name']} – tissue map", body))

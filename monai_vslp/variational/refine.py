@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 
 from monai_vslp.utils.errors import InputError, ProportionError
 from monai_vslp.variational.fidelity import AssignmentFidelity, assignment_cost
-from monai_vslp.variational.regularizer import HuberTotalVariation, image_edge_weight
-from monai_vslp.variational.solver import StoppingRule, minimize
+from monai_vslp.variational.fusion import FusionFidelity
+from monai_vslp.variational.levels import Level, solve_levels
+from monai_vslp.variational.marginal import Interval, KullbackLeibler, Marginal, MarginalSum, Wasserstein
+from monai_vslp.variational.potential import Potential
+from monai_vslp.variational.regularizer import image_edge_weight
+from monai_vslp.variational.solver import Step, StoppingRule
+from monai_vslp.variational.tdv import DeepVariationPotential, TotalDeepVariation
 
-__all__ = ["RefinementOptions", "RefinementResult", "refine"]
-
-COARSEST_SIDE = 48  # px; below it a coarser grid costs more to set up than it saves
+__all__ = ["RefinementOptions", "RefinementResult", "marginal_for", "refine", "refine_all"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class RefinementOptions:
         tolerance: relative energy change that counts as converged.
         marginal_tolerance: residual :math:`\lVert\bar u - p\rVert_1` that each step is solved to.
         multigrid: start from the solution on coarser grids; changes the time, not the minimiser.
+        fidelity_weight: :math:`\lambda_a \ge 0`, weight of the costs; the entropy stays ε.
+        fusion_weight: :math:`\lambda_b \ge 0`, weight of the per-pixel Wasserstein fusion of the stack of views.
+        histogram_weight: :math:`\lambda_c \ge 0`, weight of the Wasserstein distance between proportions, which comes on
+            top of a finite ``trust`` and replaces an infinite one.
+        metric: ground metric G of both, ``discrete`` or ``ordinal``.
     """
 
     trust: float = math.inf
@@ -47,12 +54,16 @@ class RefinementOptions:
     tolerance: float = 1e-5
     marginal_tolerance: float = 1e-6
     multigrid: bool = True
+    fidelity_weight: float = 1.0
+    fusion_weight: float = 0.0
+    histogram_weight: float = 0.0
+    metric: str = "discrete"
 
     def __post_init__(self) -> None:
         for name in ("trust", "epsilon", "delta", "huber", "tolerance", "marginal_tolerance"):
             if not getattr(self, name) > 0:
                 raise InputError(f"refine: {name} must be positive, got {getattr(self, name)}.")
-        for name in ("alpha", "edge_strength"):
+        for name in ("alpha", "edge_strength", "fidelity_weight", "fusion_weight", "histogram_weight"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise InputError(f"refine: {name} must be finite and at least 0, got {value}.")
@@ -67,11 +78,10 @@ class RefinementResult:
     Attributes:
         u: segmentation on the simplex, shape ``[(B,) C, H, W]``, dtype of the confidence.
         labels: argmax of ``u``, shape ``[(B,) H, W]``, int64.
-        psi: class offsets ψ, shape ``[(B,) C]``, float64; −inf for a class with proportion 0; NaN where no proportions
-            were given.
+        psi: class offsets ψ, shape ``[(B,) C]``, float64; −inf for a class that cannot occur; NaN where nothing was given.
         energies: energy of the start and after each accepted step; a list, or a list per image.
-        residual: :math:`\lVert\nabla F\rVert_1` of the last step, with a hard marginal :math:`\lVert\bar u-p\rVert_1`;
-            None without proportions. A value, or a list per image.
+        residual: how far the conditions on ψ are from being met after the last step, with a hard marginal
+            :math:`\lVert\bar u-p\rVert_1`; None without proportions. A value, or a list per image.
         converged: whether the stopping rule was met. A value, or a list per image.
         reason: why the iteration ended. A string, or a list per image.
         proportions: :math:`\bar u`, shape ``[(B,) C]``, float64.
@@ -92,87 +102,114 @@ class RefinementResult:
     regularization_energy: torch.Tensor
 
 
-def _coarser(x: torch.Tensor) -> torch.Tensor:
-    """Halve the last two axes by averaging 2×2 pixels (fewer at an odd border)."""
-    return F.avg_pool2d(x[None], 2, ceil_mode=True, count_include_pad=False)[0]
-
-
-def _log_start_from_coarse(
-    cost: torch.Tensor,
-    mass: torch.Tensor,
-    weight: torch.Tensor | None,
-    proportions: torch.Tensor | None,
-    options: RefinementOptions,
-) -> torch.Tensor | None:
-    """Solve on a grid of half the resolution and interpolate; None where the grid is small already."""
-    height, width = mass.shape
-    if min(height, width) < 2 * COARSEST_SIDE:
+def marginal_for(
+    proportions: torch.Tensor | None, bounds: tuple[torch.Tensor, torch.Tensor] | None, options: RefinementOptions
+) -> Marginal | None:
+    """The marginal term that proportions ``[C]`` or bounds ``([C], [C])`` and the options stand for; None for neither."""
+    if bounds is not None:
+        return Interval(*bounds)
+    if proportions is None:
         return None
-    share = _coarser(mass[None])[0]
-    coarse_cost = _coarser(cost * mass) / share.clamp_min(torch.finfo(mass.dtype).tiny)
-    coarse_mass = share / share.sum(dtype=torch.float64).to(share)
-    coarse_weight = None if weight is None else _coarser(weight[None])[0]
-    # A boundary crosses half as many of a quarter of the cells: its length per cell doubles.
-    coarse = _solve(
-        coarse_cost, coarse_mass, coarse_weight, proportions, replace(options, alpha=options.alpha / 2, tolerance=1e-4)
-    )
-    log_u = F.interpolate(coarse.log_u.view(coarse_cost.shape).clamp_min(-60.0)[None], scale_factor=2, mode="nearest")
-    return log_u[0, :, :height, :width].reshape(len(cost), -1)
+    trusted = None if math.isinf(options.trust) else KullbackLeibler(proportions, options.trust)
+    if options.histogram_weight > 0:
+        distance = Wasserstein(proportions, options.histogram_weight, options.metric)
+        return distance if trusted is None else MarginalSum(trusted, distance)
+    return Interval.constraint(proportions) if trusted is None else trusted
 
 
-def _solve(cost, mass, weight, proportions, options: RefinementOptions):
-    """Minimise the energy on one grid; ``cost`` is ``[C, H, W]``, ``mass`` ``[H, W]`` with sum 1."""
-    classes, height, width = cost.shape
-    log_start = None
-    if options.multigrid and options.alpha > 0:
-        log_start = _log_start_from_coarse(cost, mass, weight, proportions, options)
-    return minimize(
-        AssignmentFidelity(cost.reshape(classes, -1), mass.reshape(-1), options.epsilon),
-        (height, width),
-        regularizer=HuberTotalVariation(mass, weight, options.huber) if options.alpha > 0 else None,
-        alpha=options.alpha,
-        proportions=proportions,
-        trust=options.trust,
-        step=1.0,
-        stopping=StoppingRule(options.max_iterations, options.tolerance, options.marginal_tolerance),
-        log_start=log_start,
-    )
+class _Embedded:
+    """A potential of all classes seen by a solver that left out those which cannot occur."""
+
+    def __init__(self, potential: Potential, active: torch.Tensor) -> None:
+        self.potential, self.active = potential, active
+        self.halo, self.multiple = potential.halo, potential.multiple
+
+    def _full(self, u: torch.Tensor) -> torch.Tensor:
+        full = torch.zeros(len(self.active), *u.shape[1:], dtype=u.dtype, device=u.device)
+        full[self.active] = u
+        return full
+
+    def value(self, u, window=None):
+        return self.potential.value(self._full(u), window)
+
+    def value_and_gradient(self, u, window=None):
+        value, gradient = self.potential.value_and_gradient(self._full(u), window)
+        return value, gradient[self.active]
+
+    def majorizer(self, u, window=None):
+        gradient, curvature = self.potential.majorizer(self._full(u), window)
+        return gradient[self.active], curvature
+
+    def energy_map(self, u, window=None):
+        return self.potential.energy_map(self._full(u), window)
 
 
 def _refine_one(
     confidence: torch.Tensor,
-    proportions: torch.Tensor | None,
+    marginal: Marginal | None,
     mass: torch.Tensor,
     image: torch.Tensor | None,
+    stack: torch.Tensor | None,
+    network: TotalDeepVariation | None,
     options: RefinementOptions,
+    start: torch.Tensor | None,
+    on_step: Callable[[Step], bool | None] | None,
 ) -> RefinementResult:
     classes, height, width = confidence.shape
     total = float(mass.sum(dtype=torch.float64))
     if total == 0.0:
         zeros = torch.zeros(height, width, dtype=confidence.dtype, device=confidence.device)
-        nan = torch.full((classes,), math.nan, dtype=torch.float64, device=confidence.device)
+        nan = torch.full((classes,), math.nan, dtype=torch.float64)
         return RefinementResult(
             confidence.clone(), confidence.argmax(dim=0), nan, [0.0], None, True, "no tissue: nothing to refine", nan,
             zeros, zeros.clone(),
         )  # fmt: skip
     share = mass / total
-    cost = assignment_cost(confidence, options.delta)
+    active = torch.ones(classes, dtype=torch.bool) if marginal is None else marginal.active
+    everything = bool(active.all())
+    cost = options.fidelity_weight * assignment_cost(confidence, options.delta)
     weight = None
-    if image is not None and options.alpha > 0 and options.edge_strength > 0:
+    if image is not None and options.alpha > 0 and options.edge_strength > 0 and network is None:
         weight = image_edge_weight(image, options.edge_strength).to(confidence)
-    solution = _solve(cost, share, weight, proportions, options)
-    flat = share.reshape(-1)
+    others: list[tuple[float, Potential]] = []
+    if network is not None and options.alpha > 0:
+        seen = None if not network.image_channels else image
+        others.append((options.alpha, DeepVariationPotential(network, share, seen)))
+    if stack is not None and options.fusion_weight > 0:
+        others.append((options.fusion_weight, FusionFidelity(stack, share, metric=options.metric)))
+    if not everything:
+        others = [(factor, _Embedded(term, active)) for factor, term in others]
+    level = Level(cost if everything else cost[active], share, weight)
+    solution, smooth = solve_levels(
+        level,
+        marginal=marginal if marginal is None or everything else marginal.restricted(),
+        epsilon=options.epsilon,
+        alpha=0.0 if network is not None else options.alpha,
+        huber=options.huber,
+        others=others,
+        stopping=StoppingRule(options.max_iterations, options.tolerance, options.marginal_tolerance),
+        multigrid=options.multigrid,
+        start=None if start is None else (start if everything else start[active]),
+        on_step=on_step,
+    )
+    log_u = solution.log_u(slice(0, height), slice(0, width))
+    found = log_u.exp()
     tissue = share > 0
-    fidelity = AssignmentFidelity(cost.reshape(classes, -1), flat, options.epsilon)
-    e_fidelity = fidelity.energy_map(solution.u, solution.log_u).view(height, width) * tissue
-    u = solution.u.view(classes, height, width)
-    if options.alpha > 0:
-        e_regularization = options.alpha * HuberTotalVariation(share, weight, options.huber).energy_map(u)
-    else:
-        e_regularization = torch.zeros_like(e_fidelity)
-    psi = solution.psi
-    if psi is None:
-        psi = torch.full((classes,), math.nan, dtype=torch.float64, device=confidence.device)
+    fidelity = AssignmentFidelity(level.cost.reshape(len(found), -1), share.reshape(-1), options.epsilon)
+    flat = found.reshape(len(found), -1)
+    e_fidelity = fidelity.energy_map(flat, log_u.reshape(len(found), -1)).view(height, width) * tissue
+    e_regularization = torch.zeros_like(e_fidelity) if smooth is None else smooth.energy_map(found)
+    u, psi = found, solution.psi
+    proportions = solution.proportions
+    if not everything:
+        u = torch.zeros_like(confidence)
+        u[active] = found
+        psi = torch.full((classes,), -math.inf, dtype=torch.float64)
+        psi[active] = solution.psi
+        proportions = torch.zeros(classes, dtype=torch.float64)
+        proportions[active] = solution.proportions
+    if marginal is None:
+        psi = torch.full((classes,), math.nan, dtype=torch.float64)
     return RefinementResult(
         u=u,
         labels=u.argmax(dim=0),
@@ -181,7 +218,7 @@ def _refine_one(
         residual=solution.residual,
         converged=solution.converged,
         reason=solution.reason,
-        proportions=(solution.u * flat).sum(dim=1, dtype=torch.float64),
+        proportions=proportions,
         fidelity_energy=e_fidelity,
         regularization_energy=e_regularization,
     )
@@ -236,16 +273,24 @@ def refine(
     proportions: torch.Tensor | Sequence[float] | None = None,
     mass: torch.Tensor | None = None,
     image: torch.Tensor | None = None,
-    **options: float | int | bool,
+    *,
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
+    stack: torch.Tensor | None = None,
+    regularizer: TotalDeepVariation | None = None,
+    start: torch.Tensor | None = None,
+    on_step: Callable[[Step], bool | None] | None = None,
+    **options: float | int | bool | str,
 ) -> RefinementResult:
     r"""Fuse pixel-wise confidences with global proportions and a regularizer.
 
     .. math::
-        \min_{u_i\in\Delta_C} \; \sum_i a_i\bigl(\langle c_i,u_i\rangle + \varepsilon\langle u_i,\log u_i\rangle\bigr)
-        + \rho\,\mathrm{KL}(\bar u\,\|\,p) + \alpha R(u), \qquad
+        \min_{u_i\in\Delta_C} \; \sum_i a_i\bigl(\lambda_a\langle c_i,u_i\rangle + \varepsilon\langle u_i,\log u_i\rangle\bigr)
+        + \Phi(\bar u) + \lambda_b D_b(u) + \alpha R(u), \qquad
         c_{ik} = -\log(q_{ik}+\delta),\quad \bar u = \sum_i a_i u_i,
 
-    with the Huber total variation :math:`R`, weighted by the edges of ``image`` where one is given.
+    where Φ is :math:`\rho\,\mathrm{KL}(\bar u\|p)` (a constraint for ρ = ∞), plus :math:`\lambda_c W_G(\bar u, p)` where asked
+    for, or bounds on :math:`\bar u`; :math:`D_b` the Wasserstein fusion of a stack of views; and R the Huber total variation,
+    weighted by the edges of ``image`` where one is given, or a learned regularizer.
 
     Args:
         confidence: :math:`q`, shape ``[C, H, W]`` or ``[B, C, H, W]``, float32 or float64, on the simplex.
@@ -253,7 +298,14 @@ def refine(
             Classes of proportion 0 do not occur in the result.
         mass: tissue per pixel, shape ``[H, W]`` or ``[B, H, W]``, non-negative, any scale; 0 is background, which takes
             no part (its ``u`` is the softmax of its costs and ψ). All ones by default.
-        image: shape ``[channels, H, W]`` or ``[B, channels, H, W]``, any dtype; only its edges are used.
+        image: shape ``[channels, H, W]`` or ``[B, channels, H, W]``, any dtype; only its edges are used, except by a
+            learned regularizer that sees images.
+        bounds: lower and upper fractions per class, each of shape ``[C]`` or ``[B, C]``, instead of ``proportions``.
+        stack: confidences of the single views, shape ``[A, C, H, W]`` or ``[B, A, C, H, W]``, for ``fusion_weight`` > 0.
+        regularizer: a trained network instead of total variation; solved on one grid.
+        start: a segmentation to start from, shape of ``confidence``, such as that of other proportions.
+        on_step: called with a :class:`~monai_vslp.variational.solver.Step` after each step; returning False stops there,
+            with what has been found.
         **options: fields of :class:`RefinementOptions`.
 
     Returns:
@@ -261,7 +313,7 @@ def refine(
 
     Raises:
         InputError: a shape, value or option that cannot be used; says what is expected.
-        ProportionError: proportions that are negative, NaN, all zero or of the wrong length.
+        ProportionError: proportions that are negative, NaN, all zero or of the wrong length, bounds that none satisfy.
 
     Example:
         >>> q = torch.softmax(torch.randn(3, 32, 32), dim=0)
@@ -269,19 +321,20 @@ def refine(
         >>> bool((result.proportions - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 1e-5)
         True
     """
-    known = [field.name for field in fields(RefinementOptions)]
-    for name in options:
-        if name not in known:
-            raise InputError(f"refine: unknown option {name!r}; options are {', '.join(known)}.")
-    settings = RefinementOptions(**options)
+    settings = _options(options)
     _check_confidence(confidence)
     batched = confidence.ndim == 4
     q = confidence if batched else confidence[None]
     q = q if q.dtype == torch.float64 else q.float()
     batch, classes, height, width = q.shape
-    p = None
-    if proportions is not None:
-        p = _check_proportions(proportions, classes, batch).to(q.device)
+    if proportions is not None and bounds is not None:
+        raise ProportionError("refine: give proportions or bounds, not both.")
+    p = None if proportions is None else _check_proportions(proportions, classes, batch)
+    low_high = None
+    if bounds is not None:
+        low_high = [torch.as_tensor(x, dtype=torch.float64).expand(batch, -1) for x in bounds]
+        if len(low_high) != 2 or any(x.shape != (batch, classes) for x in low_high):
+            raise ProportionError(f"refine: bounds are two lists of {classes} fractions, got {bounds}.")
     if mass is None:
         mass = torch.ones(height, width, device=q.device)
     mass = _broadcast(mass, (batch, height, width), "mass", q).to(q)
@@ -289,8 +342,26 @@ def refine(
         raise InputError("refine: mass must be finite and not negative (tissue area per pixel).")
     if image is not None:
         image = _broadcast(image, (batch, None, height, width), "image", q)
+    if stack is not None:
+        stack = _broadcast(stack, (batch, None, classes, height, width), "stack", q).to(q)
+    elif settings.fusion_weight > 0:
+        raise InputError(
+            "refine: fusion_weight needs the stack of views; pass stack=[A, C, H, W] (TTAConfidence(output='stack'))."
+        )
+    if start is not None:
+        start = _broadcast(start, (batch, classes, height, width), "start", q).to(q).clamp_min(1e-12).log()
     results = [
-        _refine_one(q[i], None if p is None else p[i], mass[i], None if image is None else image[i], settings)
+        _refine_one(
+            q[i],
+            marginal_for(None if p is None else p[i], None if low_high is None else (low_high[0][i], low_high[1][i]), settings),
+            mass[i],
+            None if image is None else image[i],
+            None if stack is None else stack[i],
+            regularizer,
+            settings,
+            None if start is None else start[i],
+            on_step,
+        )
         for i in range(batch)
     ]
     if not batched:
@@ -300,3 +371,43 @@ def refine(
         values = [getattr(result, field.name) for result in results]
         merged[field.name] = torch.stack(values) if isinstance(values[0], torch.Tensor) else values
     return RefinementResult(**merged)
+
+
+def _options(options: dict) -> RefinementOptions:
+    known = [field.name for field in fields(RefinementOptions)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"refine: unknown option {name!r}; options are {', '.join(known)}.")
+    return RefinementOptions(**options)
+
+
+def refine_all(
+    confidences: Sequence[torch.Tensor],
+    proportions: Sequence[torch.Tensor | Sequence[float] | None] | None = None,
+    masses: Sequence[torch.Tensor | None] | None = None,
+    images: Sequence[torch.Tensor | None] | None = None,
+    **options: float | int | bool | str,
+) -> list[RefinementResult]:
+    """Refine maps of different sizes; see :func:`refine`.
+
+    Args:
+        confidences: maps ``[C, H, W]``, each of its own size.
+        proportions, masses, images: one entry per map, or None for none at all.
+        **options: as for :func:`refine`.
+
+    Raises:
+        InputError: lists of different lengths, or what :func:`refine` refuses; the message begins with the map's index.
+    """
+    count = len(confidences)
+    columns = [[None] * count if column is None else list(column) for column in (proportions, masses, images)]
+    if any(len(column) != count for column in columns):
+        raise InputError(
+            f"refine_all: {count} maps need as many proportions, masses and images, got {[len(c) for c in columns]}."
+        )
+    results = []
+    for index, (q, p, mass, image) in enumerate(zip(confidences, *columns)):
+        try:
+            results.append(refine(q, p, mass, image, **options))
+        except InputError as error:
+            raise type(error)(f"map {index}: {error}") from error
+    return results

@@ -1,28 +1,28 @@
-"""Entropic proximal gradient: minimises fidelity + proportions + regularizer over simplex-valued maps."""
+"""Entropic proximal gradient: minimises fidelity + marginal term + smooth potentials over simplex-valued maps.
+
+Every quantity is added up over windows of the map, so that the same code runs in memory and from disk.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from monai_vslp.variational.fidelity import AssignmentFidelity
-from monai_vslp.variational.transport import solve_transport, transport_plan
+from monai_vslp.variational.marginal import Marginal
+from monai_vslp.variational.potential import Potential
+from monai_vslp.variational.transport import PixelSums, maximize_dual, pixel_sums
+from monai_vslp.variational.windows import MapArray, Window
 
-__all__ = ["Regularizer", "Solution", "StoppingRule", "minimize"]
-
-
-class Regularizer(Protocol):
-    """What the solver asks of a regularizer; ``u`` has shape ``[C, H, W]``."""
-
-    def value(self, u: torch.Tensor) -> float: ...
-
-    def value_and_gradient(self, u: torch.Tensor) -> tuple[float, torch.Tensor]: ...
-
+__all__ = ["Problem", "Solution", "Step", "StoppingRule", "minimize"]
 
 LOG_FLOOR = -80.0  # keeps differences of logarithms finite in float32; exp(-80) is 0 beside anything else
+FIRST_STEP = 2.0  # σ: twice what is safe for any segmentation; near a solution it is almost always accepted
+SMALLEST_STEP = 1e-6
+PATIENCE = 6  # steps after a halving of σ before it may grow
+LARGEST_MOMENTUM = 0.85
+ROUNDING = 3e-7  # relative rise of the energy that float32 sums of one and the same state may show
 
 
 @dataclass(frozen=True)
@@ -41,144 +41,278 @@ class StoppingRule:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Minimiser with its history; arrays over pixels have shape ``[C, N]``."""
+class Step:
+    """What is reported after each accepted step.
 
-    u: torch.Tensor
-    log_u: torch.Tensor
-    psi: torch.Tensor | None
-    energies: list[float]
+    Attributes:
+        iteration: number of the step, from 1; 0 is the start.
+        energy: energy after it.
+        change: relative decrease of the energy; None at the start.
+        residual: of the semi-dual; None without a marginal term.
+        pixels: size of the grid, for progress over several grids.
+    """
+
+    iteration: int
+    energy: float
+    change: float | None
     residual: float | None
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    r"""The energy :math:`\sum_i a_i(\langle c_i,u_i\rangle + \varepsilon\langle u_i,\log u_i\rangle) + \Phi(\bar u) + P(u)`.
+
+    Attributes:
+        cost: :math:`c`, shape ``[C, H, W]``, finite.
+        mass: :math:`a`, shape ``[H, W]``, sums to 1.
+        epsilon: :math:`\varepsilon > 0`.
+        marginal: Φ, or None; all of its classes are active.
+        smooth: P, or None.
+        windows: cover the map; their margin is at least that of ``smooth``.
+    """
+
+    cost: MapArray
+    mass: MapArray
+    epsilon: float
+    marginal: Marginal | None
+    smooth: Potential | None
+    windows: Sequence[Window]
+
+
+@dataclass(frozen=True)
+class _Iterate:
+    """A segmentation as scores: u = softmax(S + r ψ) with S = Z/h and r = 1/h, never stored itself."""
+
+    scores: MapArray
+    rate: MapArray | float
+    psi: torch.Tensor
+    sums: PixelSums
+    residual: float | None
+
+    def exponents(self, rows: slice, columns: slice) -> torch.Tensor:
+        """S + r ψ on a rectangle, a new array."""
+        scores = self.scores[:, rows, columns]
+        shift = self.psi.to(scores)[:, None, None]
+        if isinstance(self.rate, float):
+            return scores + shift * self.rate
+        return torch.addcmul(scores, shift, self.rate[rows, columns])
+
+
+@dataclass(frozen=True)
+class Solution:
+    r"""Minimiser with its history.
+
+    Attributes:
+        psi: ψ, shape ``[C]``, float64.
+        proportions: :math:`\bar u`, shape ``[C]``, float64.
+        energies: energy of the start and after each accepted step.
+        residual: of the semi-dual; None without a marginal term.
+        converged, reason: whether the stopping rule was met, and why the iteration ended.
+        step: last relative step size, to start a finer grid with.
+    """
+
+    iterate: _Iterate
+    energies: list[float]
     converged: bool
     reason: str
+    step: float
 
+    @property
+    def psi(self) -> torch.Tensor:
+        return self.iterate.psi
 
-def _relaxed_marginal_energy(u: torch.Tensor, mass: torch.Tensor, proportions: torch.Tensor, trust: float) -> float:
-    """ρ KL(ū‖p) for masses that sum to 1; 0 where the marginal is a constraint."""
-    if math.isinf(trust):
-        return 0.0
-    marginal = (u * mass).sum(dim=1, dtype=torch.float64)
-    kept = marginal > 0
-    return trust * float((marginal[kept] * (marginal[kept] / proportions.to(marginal)[kept]).log()).sum())
+    @property
+    def proportions(self) -> torch.Tensor:
+        return self.iterate.sums.marginal
 
+    @property
+    def residual(self) -> float | None:
+        return self.iterate.residual
 
-def _divergence(log_new: torch.Tensor, new: torch.Tensor, log_old: torch.Tensor, mass: torch.Tensor) -> float:
-    """Σ a_i KL(new_i‖old_i); classes switched off in both count 0."""
-    terms = torch.where(new > 0, new * (log_new - log_old), torch.zeros_like(new))
-    return float((terms.sum(dim=0) * mass).sum(dtype=torch.float64))
+    def log_u(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Logarithm of the segmentation on a rectangle, shape ``[C, h, w]``."""
+        return torch.log_softmax(self.iterate.exponents(rows, columns), dim=0)
 
 
 def minimize(
-    fidelity: AssignmentFidelity,
-    shape: tuple[int, int],
-    *,
-    regularizer: Regularizer | None,
-    alpha: float,
-    proportions: torch.Tensor | None,
-    trust: float,
-    step: float,
+    problem: Problem,
+    allocate: Callable[[Sequence[int]], MapArray],
     stopping: StoppingRule,
-    log_start: torch.Tensor | None = None,
+    *,
+    step: float = FIRST_STEP,
+    start: MapArray | None = None,
+    psi: torch.Tensor | None = None,
+    on_step: Callable[[Step], bool | None] | None = None,
 ) -> Solution:
-    r"""Minimise :math:`E(u) = D(u) + \rho\,\mathrm{KL}(\bar u\|p) + \alpha R(u)` over :math:`u_i \in \Delta_C`.
+    r"""Minimise :math:`E(u) = D(u) + \Phi(\bar u) + P(u)` over :math:`u_i \in \Delta_C`.
 
-    Each step linearises :math:`R` at :math:`u^s` (moved on by momentum) and stays close to it in Kullback–Leibler
-    divergence, with
-    :math:`g_i = \alpha\,a_i^{-1}\partial R/\partial u_i` and :math:`h = \varepsilon + 1/\tau`:
+    Each step replaces :math:`P` by its linearisation at :math:`y` (the last iterate moved on by momentum) plus a
+    Kullback–Leibler divergence, scaled pixel by pixel with the curvature :math:`d_i` of a quadratic above :math:`P`. With
+    :math:`g_i = a_i^{-1}\partial P/\partial y_i`, :math:`\tau_i = \sigma/d_i` and :math:`h_i = \varepsilon + 1/\tau_i`:
 
     .. math::
-        Z_i = \tfrac1\tau \log u_i^s - c_i - g_i, \qquad u_i^{s+1} = \operatorname{softmax}((Z_i + \psi)/h),
+        Z_i = \tfrac1{\tau_i} \log y_i - c_i - g_i, \qquad u_i^{s+1} = \operatorname{softmax}((Z_i + \psi)/h_i),
 
-    where ψ maximises the semi-dual of :func:`~monai_vslp.variational.transport.solve_transport` (ψ = 0 without
-    proportions). A step is accepted when :math:`\alpha R` lies below its linearisation plus the proximal term, which
-    implies that :math:`E` does not rise above its value at :math:`u^s`; otherwise τ is halved. After an accepted step τ
-    grows again. Momentum that would raise :math:`E` is dropped, so the energies never rise.
+    where ψ maximises the semi-dual of :func:`~monai_vslp.variational.transport.solve_transport` (ψ = 0 without a marginal
+    term). For σ = 1 and a true majorizer such a step without momentum cannot raise :math:`E`, because
+    :math:`\mathrm{KL}(u\|y) \ge \tfrac12\lVert u-y\rVert_1^2 \ge \lVert u-y\rVert_2^2` on the simplex.
+    Longer steps are tried first. A step that
+    would raise :math:`E` is not taken: momentum is dropped, then σ halved. So the energies never rise.
+
+    A step is three or four passes over the windows: one that linearises, one or two for ψ, one that evaluates.
 
     Args:
-        fidelity: costs ``[C, N]``, masses ``[N]`` and ε.
-        shape: ``(H, W)`` with ``H * W == N``, the grid on which the regularizer acts.
-        regularizer: :math:`R`, or None.
-        alpha: :math:`\alpha \ge 0`.
-        proportions: :math:`p`, shape ``[C]``, or None to leave the marginal free.
-        trust: :math:`\rho` in (0, ∞]; ∞ makes the proportions a constraint.
-        step: first τ.
+        problem: the energy.
+        allocate: makes an array of a shape ``[C, H, W]`` or ``[H, W]``; up to three of each are used.
         stopping: when to stop.
-        log_start: :math:`\log u^0`, shape ``[C, N]``; by default the minimiser without regularizer.
+        step: first σ.
+        start: :math:`\log u^0` up to a constant per pixel, shape ``[C, H, W]``, overwritten; by default the minimiser
+            without P.
+        psi: start of the potentials.
+        on_step: called after the start and each accepted step; returning False ends the iteration there.
 
     Returns:
         The solution; ``energies[0]`` belongs to the start.
+
+    Source:
+        Bregman proximal gradient: H. Bauschke, J. Bolte and M. Teboulle, "A descent lemma beyond Lipschitz gradient
+        continuity", Math. Oper. Res. 2017. Restarts: B. O'Donoghue and E. Candès, "Adaptive restart for accelerated
+        gradient schemes", Found. Comput. Math. 2015. The scaling by pixel is ours.
     """
-    mass, cost, epsilon = fidelity.mass, fidelity.cost, fidelity.epsilon
-    grid = (cost.shape[0], *shape)
-    psi: torch.Tensor | None = None
-    residual: float | None = None
-
-    def transport(scores: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
-        nonlocal psi, residual
-        if proportions is None:
-            return transport_plan(scores, torch.zeros(len(scores), device=scores.device), smoothing)
-        result = solve_transport(
-            scores,
-            mass,
-            proportions,
-            smoothing=smoothing,
-            trust=trust,
-            psi=psi,
-            tolerance=stopping.marginal_tolerance,
-        )
-        psi, residual = result.psi, result.residual
-        return transport_plan(scores, psi, smoothing)
-
-    def energy(u: torch.Tensor, log_u: torch.Tensor, regularization: float) -> float:
-        marginal = 0.0 if proportions is None else _relaxed_marginal_energy(u, mass, proportions, trust)
-        return fidelity.value(u, log_u) + marginal + alpha * regularization
-
-    if log_start is None or regularizer is None or alpha == 0:
-        u, log_u = transport(-cost, epsilon)
+    runner = _Runner(problem, stopping.marginal_tolerance)
+    shape = tuple(problem.cost.shape)
+    sigma, age, patience = step, 0, 0
+    if start is None or problem.smooth is None:
+        scores = allocate(shape)
+        for window in problem.windows:
+            key = (slice(None), *window.core)
+            scores[key] = problem.cost[key] * (-1.0 / problem.epsilon)
+        current = runner.transport(scores, 1.0 / problem.epsilon, psi, problem.epsilon)
     else:
         # Projecting the start onto the proportions makes every later energy comparable with the first.
-        u, log_u = transport(log_start, 1.0)
-        psi = None if psi is None else torch.zeros_like(psi)
-    if regularizer is None or alpha == 0:
-        return Solution(u, log_u, psi, [energy(u, log_u, 0.0)], residual, True, "closed form: no regularizer")
+        current = runner.transport(start, 1.0, None, 1.0)
+    energies = [runner.energy(current)]
 
-    energies = [energy(u, log_u, regularizer.value(u.view(grid)))]
-    log_u = log_u.clamp_min(LOG_FLOOR)
-    tau, age = step, 0
-    previous = log_u
-    reason = f"the limit of {stopping.max_iterations} steps"
-    converged = False
-    for _ in range(stopping.max_iterations):
-        log_y = log_u
-        if age > 0:
-            # Momentum among logarithms keeps the extrapolated point inside the simplex.
-            log_y = torch.log_softmax(torch.lerp(previous, log_u, 1.0 + age / (age + 3.0)), dim=0)
-        y = log_y.exp()
-        value, gradient = regularizer.value_and_gradient(y.view(grid))
-        gradient = gradient.view_as(u)
-        while True:
-            smoothing = epsilon + 1.0 / tau
-            new, log_new = transport((log_y / tau).sub_(cost).sub_(gradient, alpha=alpha), smoothing)
-            new_value = regularizer.value(new.view(grid))
-            linear = float(((new - y).mul_(gradient).sum(dim=0) * mass).sum(dtype=torch.float64))
-            bound = value + linear + _divergence(log_new, new, log_y, mass) / (alpha * tau)
-            if new_value <= bound + 1e-7 * abs(value) or tau < 1e-6 * step:
-                break
-            tau *= 0.5
-        new_energy = energy(new, log_new, new_value)
-        change = (energies[-1] - new_energy) / max(abs(new_energy), 1e-12)
+    def done(reason: str, converged: bool) -> Solution:
+        return Solution(current, energies, converged, reason, sigma)
+
+    def proceed(iteration: int, change: float | None) -> bool:
+        report = Step(iteration, energies[-1], change, current.residual, shape[1] * shape[2])
+        return on_step is None or on_step(report) is not False
+
+    go_on = proceed(0, None)
+    if problem.smooth is None:
+        return done("closed form: no regularizer", True)
+    previous: _Iterate | None = None
+    offsets = psi if psi is not None else current.psi if start is None else None
+    spare: list[tuple[MapArray, MapArray]] = []
+    for iteration in range(1, stopping.max_iterations + 1):
+        if not go_on:
+            return done("stopped by the caller", False)
+        scores, rate = spare.pop() if spare else (allocate(shape), allocate(shape[1:]))
+        typical = runner.linearise(current, previous, age, sigma, scores, rate)
+        trial = runner.transport(scores, rate, offsets, typical)
+        energy = runner.energy(trial)
+        change = (energies[-1] - energy) / max(abs(energy), 1e-12)
         if change < 0:
+            spare.append((scores, rate))
             if age > 0:
-                age, previous = 0, log_u  # the momentum overshot: go on from the best point without it
-                continue
-            # The bound allows no rise, so this is rounding error: the last iterate is the best that this dtype gives.
-            converged, reason = True, "no further decrease in this precision"
-            break
-        previous, u, log_u = log_u, new, log_new.clamp_min_(LOG_FLOOR)
-        energies.append(new_energy)
+                age = 0  # the momentum overshot: go on from the best point without it
+            elif sigma > SMALLEST_STEP and change < -ROUNDING:
+                sigma, patience = 0.5 * sigma, PATIENCE
+            else:
+                return done("no further decrease in this precision", True)
+            continue
+        if previous is not None and not isinstance(previous.rate, float):
+            spare.append((previous.scores, previous.rate))
+        previous, current = current, trial
+        offsets = trial.psi
+        energies.append(energy)
         age += 1
+        go_on = proceed(iteration, change)
         if change < stopping.tolerance:
-            converged, reason = True, f"relative energy change {change:.1e} below {stopping.tolerance:.1e}"
-            break
-        tau *= 1.2
-    return Solution(u, log_u, psi, energies, residual, converged, reason)
+            return done(f"relative energy change {change:.1e} below {stopping.tolerance:.1e}", True)
+        # A step that is too long costs a whole round: try a longer one only where the last few were accepted at once.
+        patience -= 1
+        if patience < 0 and sigma < step:
+            sigma, patience = min(2.0 * sigma, step), PATIENCE
+    return done(f"the limit of {stopping.max_iterations} steps", False)
+
+
+class _Runner:
+    """The passes over the windows of a problem."""
+
+    def __init__(self, problem: Problem, tolerance: float) -> None:
+        self.problem, self.tolerance = problem, tolerance
+
+    def transport(self, scores: MapArray, rate: MapArray | float, psi: torch.Tensor | None, smoothing: float) -> _Iterate:
+        """Solve for the potentials that belong to scores S = Z/h and rates 1/h; ``smoothing`` is a typical h."""
+        problem = self.problem
+
+        def sums(point: torch.Tensor, factor: float) -> PixelSums:
+            total = None
+            for window in problem.windows:
+                s = scores[(slice(None), *window.core)]
+                r = rate if isinstance(rate, float) else rate[window.core].reshape(-1)
+                a = problem.mass[window.core].reshape(-1)
+                part = pixel_sums(s.reshape(len(s), -1), a, point, r, factor=factor)
+                total = part if total is None else total + part
+            return total
+
+        if problem.marginal is None:
+            zeros = torch.zeros(problem.cost.shape[0], dtype=torch.float64)
+            return _Iterate(scores, rate, zeros, sums(zeros, 1.0), None)
+        found = maximize_dual(
+            sums, problem.marginal, smoothing=smoothing, psi=psi, tolerance=self.tolerance, continuation=256.0
+        )
+        sums_found = PixelSums(found.value, found.marginal, torch.empty(0))
+        return _Iterate(scores, rate, found.psi, sums_found, found.residual)
+
+    def linearise(
+        self, current: _Iterate, previous: _Iterate | None, age: int, sigma: float, scores: MapArray, rate: MapArray
+    ) -> float:
+        """Write S and r for a step from the current iterate, moved on by momentum; returns the mean smoothing h."""
+        problem = self.problem
+        # Momentum grows as for convex energies, up to what suits strongly convex ones.
+        beta = min((age + 2.0) / (age + 5.0), LARGEST_MOMENTUM) if age > 0 and previous is not None else 0.0
+        typical = 0.0
+        for window in problem.windows:
+            inner = (slice(None), *window.inner)
+            log_y = current.exponents(*window.outer)
+            if beta > 0:
+                # Momentum among logarithms keeps the extrapolated point inside the simplex.
+                log_y = torch.lerp(previous.exponents(*window.outer), log_y, 1.0 + beta)
+            log_y.sub_(log_y.amax(dim=0)).clamp_min_(LOG_FLOOR)
+            y = log_y.exp()
+            y.div_(y.sum(dim=0))
+            gradient, curvature = problem.smooth.majorizer(y, window)
+            curvature = curvature / sigma
+            r = 1.0 / (problem.epsilon + curvature)
+            s = log_y[inner].mul_(curvature).sub_(problem.cost[(slice(None), *window.core)]).sub_(gradient).mul_(r)
+            scores[(slice(None), *window.core)] = s
+            rate[window.core] = r
+            typical += float((problem.mass[window.core] * (problem.epsilon + curvature)).sum(dtype=torch.float64))
+        return typical
+
+    def energy(self, iterate: _Iterate) -> float:
+        """E(u)."""
+        problem = self.problem
+        total = 0.0
+        for window in problem.windows:
+            log_u = iterate.exponents(*(window.core if problem.smooth is None else window.outer))
+            log_u.sub_(log_u.amax(dim=0))
+            u = log_u.exp()
+            norm = u.sum(dim=0)
+            u.div_(norm)
+            if problem.smooth is not None:
+                total += problem.smooth.value(u, window)
+                inner = (slice(None), *window.inner)
+                u, log_u, norm = u[inner], log_u[inner], norm[window.inner]
+            cost = problem.cost[(slice(None), *window.core)]
+            local = torch.add(cost, log_u, alpha=problem.epsilon).mul_(u).sum(dim=0)
+            local.sub_(norm.log(), alpha=problem.epsilon)
+            total += float((local * problem.mass[window.core]).sum(dtype=torch.float64))
+        if problem.marginal is not None:
+            total += problem.marginal.energy(iterate.sums.marginal)
+        return total

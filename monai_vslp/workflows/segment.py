@@ -5,18 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from monai.utils import convert_to_tensor, optional_import
 
 from monai_vslp.data.cohort import Cohort, read_cohort
 from monai_vslp.data.images import IMAGE_SUFFIXES, check_images, list_images
 from monai_vslp.data.slides import SLIDE_SUFFIXES, is_slide, open_slide
-from monai_vslp.io.report import write_index
+from monai_vslp.io.ome_tiff import write_ome_tiff
+from monai_vslp.io.report import BAND_MAP, band_picture, write_index, write_report
+from monai_vslp.io.summary import SUMMARY_NAME, read_summary
+from monai_vslp.transforms.refinement import VariationalRefinementd
+from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError, ProportionError, SlideError
+from monai_vslp.variational.explain import flip_band
 from monai_vslp.workflows.bundle import read_config, run_config
 
 __all__ = ["datalist", "segment"]
+
+Image, _ = optional_import("PIL.Image")
+
+BAND_PICTURE = "band.jpg"
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +86,105 @@ def _fingerprint(path: Path, checkpoint: Path, settings: Mapping[str, Any]) -> s
     return hashlib.sha256(json.dumps([str(path.absolute()), stats, settings], default=str).encode()).hexdigest()[:16]
 
 
-def _is_done(folder: Path, fingerprint: str) -> bool:
+def _is_done(folder: Path, fingerprint: str, band: float | None) -> bool:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return summary["options"].get("fingerprint") == fingerprint and (folder / "report.html").exists()
+    same = summary["options"].get("fingerprint") == fingerprint and (folder / "report.html").exists()
+    return same and (band is None or "band" in summary)  # the band comes after the rest, an interrupt may leave it out
+
+
+class _FlipBandd(VariationalRefinementd):
+    """Last step of a chain with a band: adds it to the files of an image that was refined and saved.
+
+    Writes ``band.tif`` (uint8 ``[2, H, W]``: number of moves that change the label, at most 255; most frequent other class,
+    255 for none), ``band.jpg``, and ``band`` in ``summary.json`` (:meth:`monai_vslp.variational.explain.FlipBand.to_dict`),
+    and the report anew.
+
+    Args:
+        step: rounding step of the proportions, a fraction.
+        output_dir: each input has a folder ``output_dir/<stem>``.
+        **refinement: arguments of the refinement in the same chain.
+    """
+
+    def __init__(self, step: float, output_dir: str | Path, **refinement: Any) -> None:
+        super().__init__(**refinement)
+        self.step, self.output_dir = step, Path(output_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+
+        def tensor(name: str | None) -> Any:
+            return None if name is None or d.get(name) is None else convert_to_tensor(d[name], track_meta=False)
+
+        options = {field.name: getattr(self.refinement.options, field.name) for field in fields(self.refinement.options)}
+        options["alpha"] /= self.refinement.pixel_size
+        for key in self.key_iterator(d):
+            folder = self.output_dir / Path(d["image_path"]).stem
+            summary, mass = read_summary(folder), tensor(self.mass_key)
+            band = flip_band(
+                tensor(f"{key}_confidence").float(),
+                tensor(self.proportions_key),
+                None if mass is None else mass.float().view(mass.shape[-2:]),
+                tensor(self.image_key),
+                self.step,
+                **options,
+            )
+            count = band.count.clamp_max(255).cpu().numpy().astype(np.uint8)
+            other = np.where(count > 0, band.alternatives.cpu().numpy(), 255).astype(np.uint8)
+            labels = band.labels.cpu().numpy().astype(np.uint8)
+            if mass is not None:
+                labels[mass.cpu().numpy().reshape(labels.shape) <= 0] = 255
+            description = {"classes": summary["classes"], "step": band.step, "moves": len(band.moves)}
+            maps = np.stack([count, other])
+            write_ome_tiff(
+                folder / BAND_MAP,
+                maps,
+                channels=["moves", "alternative"],
+                labels=True,
+                mpp=summary["mpp"],
+                description=description,
+                pyramid=False,
+            )
+            with Image.open(folder / "thumbnail.jpg") as photo, atomic_path(folder / BAND_PICTURE) as temporary:
+                picture = band_picture(np.asarray(photo.convert("RGB")), labels, maps, summary["colors"])
+                Image.fromarray(picture).save(temporary, quality=92)
+            write_json(folder / SUMMARY_NAME, summary | {"band": band.to_dict(summary["classes"])})
+            write_report(folder)
+        return d
+
+
+def _with_band(config: Mapping[str, Any], step: float) -> list[dict[str, Any]]:
+    """Post-processing of an inference config with the band as its last step, refined as the config says.
+
+    Raises:
+        InputError: the config refines nothing.
+    """
+    steps = config["postprocessing"]["transforms"]
+    refined = [entry for entry in steps if str(entry.get("_target_")).endswith("VariationalRefinementd")]
+    if not refined:
+        raise InputError(
+            "inference.json of this bundle has no VariationalRefinementd in its postprocessing, so there is no band."
+        )
+    return [*steps, refined[-1] | {"_target_": _FlipBandd, "step": step, "output_dir": "@output_dir"}]
+
+
+def _check_band(band: float, items: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Everything about a band that can be wrong before it is computed."""
+    if not 0 < band < 100:
+        raise InputError(f"band is the rounding step of the proportions in percent, above 0 and below 100, got {band}.")
+    slides = [path.name for path in items if is_slide(path)]
+    if slides:
+        raise InputError(
+            f"a band is made for images, not for slides ({', '.join(slides)}); segment the slides in a call without a band."
+        )
+    without = [path.name for path, item in items.items() if "proportions" not in item]
+    if without:
+        raise ProportionError(
+            "a band says what given proportions decide, so it needs given proportions; there are none for "
+            f"{', '.join(without)}. Give a table of proportions with a row for each, or leave the band out."
+        )
 
 
 def segment(
@@ -91,6 +197,7 @@ def segment(
     trust: float | None = None,
     alpha: float | None = None,
     views: str | None = None,
+    band: float | None = None,
     overwrite: bool = False,
     progress: bool = True,
     **overrides: Any,
@@ -109,6 +216,8 @@ def segment(
         trust: ρ, trust in the proportions; None for a constraint.
         alpha: strength of the regularizer; None for the bundle's.
         views: group of test-time views; None for the bundle's.
+        band: rounding step of the proportions in percent; which labels hang on one such step is then found too
+            (:func:`monai_vslp.variational.explain.flip_band`), for images with proportions. None for no band.
         overwrite: compute again what is done.
         progress: show progress bars.
         **overrides: top-level values of the bundle's inference configs.
@@ -135,14 +244,17 @@ def segment(
             problems.append(str(error))
     if problems:
         raise ProportionError("\n".join(problems))
+    if band is not None:
+        _check_band(band, items)
     settings = {key: value for key, value in (("trust", trust), ("alpha", alpha), ("views", views)) if value is not None}
     settings |= overrides
     todo_images, todo_slides = [], []
     for path in files:
         given = items[path].get("proportions")
-        mark = _fingerprint(path, checkpoint, settings | {"p": None if given is None else given.tolist(), "mpp": mpp})
+        marked = settings | {"p": None if given is None else given.tolist(), "mpp": mpp}
+        mark = _fingerprint(path, checkpoint, marked if band is None else marked | {"band": band})
         items[path]["fingerprint"] = mark
-        if not overwrite and _is_done(output / path.stem, mark):
+        if not overwrite and _is_done(output / path.stem, mark, band):
             logger.info("%s is done already.", path.name)
             continue
         (todo_slides if is_slide(path) else todo_images).append(path)
@@ -157,10 +269,13 @@ def segment(
             logger.info("%s", error)
             failures[path.stem] = str(error)
     if todo_images:
-        given_mpp = {} if mpp is None else {"mpp": mpp}
-        run_config(
-            run, "inference.json", datalist=[items[p] for p in todo_images], output_dir=str(output), **settings, **given_mpp
-        )
+        for path in todo_images:
+            for name in (BAND_MAP, BAND_PICTURE):  # of an earlier call; without a band they would not be replaced
+                (output / path.stem / name).unlink(missing_ok=True)
+        extra = {} if mpp is None else {"mpp": mpp}
+        if band is not None:
+            extra["postprocessing#transforms"] = _with_band(config, band / 100)
+        run_config(run, "inference.json", datalist=[items[p] for p in todo_images], output_dir=str(output), **settings, **extra)
     for path in opened:
         item = items[path]
         try:

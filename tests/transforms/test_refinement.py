@@ -95,5 +95,5 @@ def test_handler_and_transform_do_the_same_on_an_evaluator(way):
     evaluator.run()
     assert len(seen) == 2
     for output, confidence in zip(seen, (q, q.flip(-1))):
-        torch.testing.assert_close(torch.as_tensor(output["pred"]), refine(confidence, p, alpha=2.0).u, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.as_tensor(output["pred"]), refine(confidence, p, alpha=2.0).u, atol=2e-3, rtol=0)
         assert output["pred_refinement"]["converged"]

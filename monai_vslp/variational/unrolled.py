@@ -1,0 +1,143 @@
+"""Unrolled refinement: a fixed number of proximal steps whose regularizer, weights and stopping time are learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from monai_vslp.utils.errors import InputError
+from monai_vslp.variational.implicit import implicit_offsets
+from monai_vslp.variational.tdv import TotalDeepVariation
+
+__all__ = ["UnrolledRefinement", "UnrolledResult"]
+
+LOG_FLOOR = -30.0  # log u is held above it: in float32 e^-30 is 0 beside 1, and differences stay finite
+
+
+@dataclass(frozen=True)
+class UnrolledResult:
+    r"""Output of :class:`UnrolledRefinement`.
+
+    Attributes:
+        log_u: logarithm of the segmentation, shape ``[B, C, H, W]``.
+        psi: class offsets of the last step, shape ``[B, C]``; None without proportions.
+        regularization: :math:`\alpha R(u^s)` of the start and of each step but the last, shape ``[B, S]``.
+    """
+
+    log_u: torch.Tensor
+    psi: torch.Tensor | None
+    regularization: torch.Tensor
+
+
+class UnrolledRefinement(nn.Module):
+    r"""Learned refinement: :math:`S` entropic proximal steps of the variational energy.
+
+    .. math::
+        Z_i = \tfrac1\tau \log u_i^s - c_i - \alpha\,a_i^{-1}\partial_i R(u^s, \theta), \qquad
+        u_i^{s+1} = \operatorname{softmax}\bigl((Z_i + \psi)/h\bigr), \qquad
+        h = \varepsilon + \tfrac1\tau,\quad \tau = \tfrac TS,
+
+    with ψ from the semi-dual of the transport (hard or trusted proportions) or 0 without them, and costs
+    :math:`c = -\lambda\log(q + \delta)`. Learned: θ, the stopping time :math:`T`, the strength α, the weight λ, the entropy ε.
+    The start is the transport step alone.
+
+    Args:
+        regularizer: :math:`R`; its energy is per pixel.
+        steps: :math:`S`.
+        stopping_time: start of :math:`T`, in steps of the flow's time.
+        alpha: start of α.
+        fidelity_weight: start of λ.
+        epsilon: start of ε.
+        delta: :math:`\delta`.
+    """
+
+    def __init__(
+        self,
+        regularizer: TotalDeepVariation,
+        steps: int = 10,
+        stopping_time: float = 10.0,
+        alpha: float = 1.0,
+        fidelity_weight: float = 1.0,
+        epsilon: float = 0.3,
+        delta: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise InputError(f"UnrolledRefinement: steps must be at least 1, got {steps}.")
+        self.regularizer, self.steps, self.delta = regularizer, steps, delta
+        # Logarithms keep the parameters positive whatever the optimizer does.
+        self.log_time = nn.Parameter(torch.tensor(math.log(stopping_time)))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
+        self.log_weight = nn.Parameter(torch.tensor(math.log(fidelity_weight)))
+        self.log_epsilon = nn.Parameter(torch.tensor(math.log(epsilon)))
+
+    @property
+    def parameters_learned(self) -> dict[str, float]:
+        """The scalars that were learned, by the name of their symbol."""
+        return {
+            "T": float(self.log_time.exp()),
+            "alpha": float(self.log_alpha.exp()),
+            "lambda": float(self.log_weight.exp()),
+            "epsilon": float(self.log_epsilon.exp()),
+        }
+
+    def forward(
+        self,
+        confidence: torch.Tensor,
+        proportions: torch.Tensor | None = None,
+        trust: torch.Tensor | float = math.inf,
+        mass: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        steps: int | None = None,
+    ) -> UnrolledResult:
+        """Refine a batch.
+
+        Args:
+            confidence: :math:`q` on the simplex, shape ``[B, C, H, W]``.
+            proportions: :math:`p`, shape ``[B, C]``; None leaves them free.
+            trust: ρ in (0, ∞].
+            mass: tissue per pixel, shape ``[B, H, W]``, any scale; all ones by default.
+            image: shape ``[B, image_channels, H, W]`` where the regularizer sees one.
+            steps: another number of steps at the same step size (to look beyond the stopping time).
+
+        Returns:
+            The segmentation, differentiable in the parameters and in ``confidence``.
+        """
+        batch, classes, height, width = confidence.shape
+        if mass is None:
+            mass = torch.ones(batch, height, width, dtype=confidence.dtype, device=confidence.device)
+        tissue = (mass > 0).to(confidence.dtype)
+        share = (mass / mass.sum(dim=(1, 2), keepdim=True)).view(batch, -1)
+        tau = self.log_time.exp() / self.steps
+        epsilon, alpha = self.log_epsilon.exp(), self.log_alpha.exp()
+        cost = -self.log_weight.exp() * torch.log(confidence + self.delta)
+        psi: torch.Tensor | None = None
+
+        def transport(scores: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
+            nonlocal psi
+            flat = scores.reshape(batch, classes, -1)
+            if proportions is not None:
+                start = None if psi is None else psi.detach()
+                psi = implicit_offsets(flat, share, proportions, smoothing, trust, psi=start, tolerance=1e-5)
+                flat = flat + psi[..., None]
+            return torch.log_softmax(flat / smoothing, dim=1).clamp_min(LOG_FLOOR).view_as(scores)
+
+        log_u = transport(-cost, epsilon)
+        energies = []
+        for _ in range(self.steps if steps is None else steps):
+            gradient, energy = self._gradient(log_u.exp(), tissue, image)
+            energies.append(alpha * (energy * share.view_as(energy)).sum(dim=(1, 2)))
+            log_u = transport(log_u / tau - cost - alpha * gradient, epsilon + 1.0 / tau)
+        return UnrolledResult(log_u, psi, torch.stack(energies, dim=1))
+
+    def _gradient(self, u: torch.Tensor, tissue: torch.Tensor, image: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Derivative of the sum of the per-pixel energies over tissue (uniform mass there), and those energies."""
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            point = u if u.requires_grad else u.detach().requires_grad_(True)
+            energy = self.regularizer(point * tissue[:, None], image) * tissue
+            (gradient,) = torch.autograd.grad(energy.sum(), point, create_graph=recording)
+        return (gradient, energy) if recording else (gradient.detach(), energy.detach())

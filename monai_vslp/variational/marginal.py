@@ -135,7 +135,7 @@ class Interval:
         low, high = _checked(self.lower, "lower bounds"), _checked(self.upper, "upper bounds")
         if low.shape != high.shape or bool((low > high + 1e-12).any()):
             raise ProportionError(f"each lower bound must be at most its upper bound, got {low.tolist()} and {high.tolist()}.")
-        if float(low.sum()) > 1 + 1e-9 or float(high.sum()) < 1 - 1e-9:
+        if float(low.sum()) > 1 + 1e-6 or float(high.sum()) < 1 - 1e-6:
             raise ProportionError(
                 f"no proportions lie within the bounds: the lower ones add up to {float(low.sum()):.4g} (at most 1), the upper "
                 f"ones to {float(high.sum()):.4g} (at least 1); widen a range."
@@ -146,8 +146,9 @@ class Interval:
 
     @classmethod
     def constraint(cls, p: torch.Tensor) -> Interval:
-        r"""The constraint :math:`m = p`."""
-        return cls(p, p)
+        r"""The constraint :math:`m = p`; p is made to add up to 1 in float64."""
+        p = _checked(p, "proportions")
+        return cls(p / p.sum(), p / p.sum())
 
     @property
     def fixed(self) -> bool:

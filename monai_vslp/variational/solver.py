@@ -22,7 +22,6 @@ FIRST_STEP = 2.0  # σ: twice what is safe for any segmentation; near a solution
 SMALLEST_STEP = 1e-6
 PATIENCE = 6  # steps after a halving of σ before it may grow
 LARGEST_MOMENTUM = 0.85
-ROUNDING = 3e-7  # relative rise of the energy that float32 sums of one and the same state may show
 
 
 @dataclass(frozen=True)
@@ -182,6 +181,8 @@ def minimize(
     """
     runner = _Runner(problem, stopping.marginal_tolerance)
     shape = tuple(problem.cost.shape)
+    # Sums over one and the same state may differ by this much, relatively.
+    rounding = 4.0 * torch.finfo(runner.dtype).eps
     sigma, age, patience = step, 0, 0
     if start is None or problem.smooth is None:
         scores = allocate(shape)
@@ -219,7 +220,7 @@ def minimize(
             spare.append((scores, rate))
             if age > 0:
                 age = 0  # the momentum overshot: go on from the best point without it
-            elif sigma > SMALLEST_STEP and change < -ROUNDING:
+            elif sigma > SMALLEST_STEP and change < -rounding:
                 sigma, patience = 0.5 * sigma, PATIENCE
             else:
                 return done("no further decrease in this precision", True)
@@ -245,6 +246,7 @@ class _Runner:
 
     def __init__(self, problem: Problem, tolerance: float) -> None:
         self.problem, self.tolerance = problem, tolerance
+        self.dtype = problem.cost[:, :1, :1].dtype
 
     def transport(self, scores: MapArray, rate: MapArray | float, psi: torch.Tensor | None, smoothing: float) -> _Iterate:
         """Solve for the potentials that belong to scores S = Z/h and rates 1/h; ``smoothing`` is a typical h."""

@@ -131,13 +131,14 @@ def test_sensitivities_refuse_what_has_no_derivative(change, error, message):
         marginal_sensitivity(**(arguments | change))
 
 
-OPTIONS = {"alpha": 0.5, "tolerance": 1e-9, "max_iterations": 2000}
+OPTIONS = {"alpha": 0.5, "tolerance": 1e-12, "marginal_tolerance": 1e-11, "max_iterations": 5000}
 
 
 def test_band_is_what_refinements_by_hand_give():
     q, _ = noisy_confidence(size=(20, 24))
     p = torch.tensor([0.58, 0.4, 0.02], dtype=torch.float64)  # the last has less than a step to give
-    mass = torch.ones(20, 24)
+    q = q.double()
+    mass = torch.ones(20, 24, dtype=torch.float64)
     mass[:4] = 0
     calls = []
     band = flip_band(q, p, mass, step=0.05, on_move=lambda done, total: calls.append((done, total)), **OPTIONS)

@@ -56,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
     train.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
 
+    regularizer = commands.add_parser("train-regularizer", help="learn a regularizer for a trained network, without masks")
+    regularizer.add_argument("model", type=Path, metavar="RUN", help="bundle folder of 'train'")
+    regularizer.add_argument("--table", type=Path, metavar="TABLE", help="proportions (default: the table of 'train')")
+    regularizer.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of 'train')")
+    regularizer.add_argument("--seed", type=int, default=0)
+    regularizer.add_argument("--epochs", type=int, metavar="N", help="passes of 40 batches (default: 12)")
+    regularizer.add_argument("--published", action="store_true", help="the published size: three macro-blocks, ten steps")
+    regularizer.add_argument("--class-wise", action="store_true", help="one that serves any number of classes")
+    regularizer.add_argument("--see-image", action="store_true", help="let it see the image beside the segmentation")
+    regularizer.add_argument("--restart", action="store_true", help="throw away an earlier regularizer in RUN")
+    regularizer.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
+
     segment = commands.add_parser("segment", help="segment images, folders or slides")
     segment.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
     segment.add_argument("--model", type=Path, required=True, metavar="RUN", help="bundle folder of 'train'")
@@ -69,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="STEP",
         help="also find the labels that hang on one rounding step of the proportions, in %%",
+    )
+    segment.add_argument(
+        "--regularizer",
+        choices=("tv", "learned"),
+        help="total variation, or what 'train-regularizer' left (default: learned where there is one)",
     )
     segment.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
     segment.add_argument("--overwrite", action="store_true", help="compute again what is done")
@@ -111,6 +128,21 @@ def _run(options: argparse.Namespace) -> int:
             progress=progress,
         )
         print(f"Trained. Segment with: monai-vslp segment INPUT --model {run} --output OUT")
+    elif options.command == "train-regularizer":
+        folder = workflows.train_regularizer(
+            options.model,
+            table=options.table,
+            images=options.images,
+            seed=options.seed,
+            epochs=options.epochs,
+            published=options.published,
+            class_wise=options.class_wise,
+            see_image=options.see_image,
+            restart=options.restart,
+            tracking_uri=options.tracking_uri,
+            progress=progress,
+        )
+        print(f"Learned: {folder}. 'monai-vslp segment INPUT --model {options.model} --output OUT' uses it.")
     elif options.command == "segment":
         failures = workflows.segment(
             options.inputs,
@@ -122,6 +154,7 @@ def _run(options: argparse.Namespace) -> int:
             alpha=options.alpha,
             views=options.tta,
             band=options.band,
+            regularizer=options.regularizer,
             overwrite=options.overwrite,
             progress=progress,
         )

@@ -11,12 +11,22 @@ from monai_vslp.data.cohort import Cohort, Record, read_cohort, write_table
 from monai_vslp.data.images import check_images, image_size, list_images, read_image
 from monai_vslp.data.proportions import ProportionLabel, combine_raters, parse_entry, parse_row
 from monai_vslp.data.raters import simulate_raters
+from monai_vslp.data.regularization import (
+    ConfidenceStacks,
+    HeldOutMaps,
+    RegularizerBatches,
+    prepare_refinement,
+    stack_keys,
+)
 
 __all__ = [
     "Cohort",
+    "ConfidenceStacks",
     "FeatureBagDataset",
+    "HeldOutMaps",
     "ProportionLabel",
     "Record",
+    "RegularizerBatches",
     "check_images",
     "collate_bags",
     "combine_raters",
@@ -27,8 +37,10 @@ __all__ = [
     "parse_row",
     "predicted_and_given",
     "prepare_bags",
+    "prepare_refinement",
     "read_cohort",
     "read_image",
     "simulate_raters",
+    "stack_keys",
     "write_table",
 ]

@@ -2,7 +2,18 @@
 
 from monai_vslp.handlers.checkpoint import RunCheckpoint
 from monai_vslp.handlers.refinement import VariationalRefinementHandler
+from monai_vslp.handlers.regularizer import BatchEpoch, FilterConstraint, GradientLimit
 from monai_vslp.handlers.tracking import MLflowTracker
 from monai_vslp.handlers.training import EpochSeed, ItemProgress, TrainingProgress
 
-__all__ = ["EpochSeed", "ItemProgress", "MLflowTracker", "RunCheckpoint", "TrainingProgress", "VariationalRefinementHandler"]
+__all__ = [
+    "BatchEpoch",
+    "EpochSeed",
+    "FilterConstraint",
+    "GradientLimit",
+    "ItemProgress",
+    "MLflowTracker",
+    "RunCheckpoint",
+    "TrainingProgress",
+    "VariationalRefinementHandler",
+]

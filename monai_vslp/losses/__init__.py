@@ -2,5 +2,6 @@
 
 from monai_vslp.losses.objective import BagObjective
 from monai_vslp.losses.proportion import ConsistencyLoss, ProportionLoss, wasserstein_proportions
+from monai_vslp.losses.refinement import PatchWasserstein, RefinementLoss
 
-__all__ = ["BagObjective", "ConsistencyLoss", "ProportionLoss", "wasserstein_proportions"]
+__all__ = ["BagObjective", "ConsistencyLoss", "PatchWasserstein", "ProportionLoss", "RefinementLoss", "wasserstein_proportions"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 
-from monai_vslp.variational import RefinementOptions, RefinementResult, refine
+from monai_vslp.variational import LearnedRefinement, RefinementOptions, RefinementResult, refine
 
 __all__ = [
     "VariationalRefinement",
@@ -28,6 +29,8 @@ class VariationalRefinement(Transform):
         pixel_size: edge of a map pixel in the unit in which ``alpha`` is given, for instance 4 for a map at a quarter
             of the resolution. A boundary of a given length crosses fewer, larger pixels on a coarse map, so ``alpha``
             is divided by ``pixel_size``.
+        regularizer: folder of a regularizer that ``monai-vslp train-regularizer`` left; None for total variation. Of the
+            options a trained one uses ``trust`` and ``epsilon`` alone: it has learned the others.
         **options: fields of :class:`monai_vslp.variational.RefinementOptions`; ``alpha`` is in pixels of size 1.
 
     Raises:
@@ -36,9 +39,10 @@ class VariationalRefinement(Transform):
 
     backend = [TransformBackends.TORCH]
 
-    def __init__(self, pixel_size: float = 1.0, **options: Any) -> None:
+    def __init__(self, pixel_size: float = 1.0, regularizer: str | Path | None = None, **options: Any) -> None:
         self.options = RefinementOptions(**options)
         self.pixel_size = pixel_size
+        self.learned = None if regularizer is None else LearnedRefinement.load(regularizer)
 
     def __call__(
         self,
@@ -65,6 +69,16 @@ class VariationalRefinement(Transform):
             image = convert_to_tensor(image, track_meta=False)
         if proportions is not None:
             proportions = convert_to_tensor(proportions, dtype=torch.float64, track_meta=False)
+        if self.learned is not None:
+            return self.learned(
+                q,
+                proportions,
+                mass,
+                image,
+                trust=self.options.trust,
+                pixel_size=self.pixel_size,
+                epsilon=self.options.epsilon,
+            )
         options = replace(self.options, alpha=self.options.alpha / self.pixel_size)
         return refine(q, proportions, mass, image, **asdict(options))
 
@@ -86,7 +100,7 @@ class VariationalRefinementd(MapTransform):
         proportions_key: key of the proportions ``[C]``; absent or None there means that they are left free.
         mass_key: key of the tissue mask or mass ``[1, H, W]``; absent means tissue everywhere.
         image_key: key of the image whose edges attract boundaries; None to use none.
-        pixel_size: see :class:`VariationalRefinement`.
+        pixel_size, regularizer: see :class:`VariationalRefinement`.
         allow_missing_keys: skip keys that are absent.
         **options: fields of :class:`monai_vslp.variational.RefinementOptions`.
     """
@@ -100,6 +114,7 @@ class VariationalRefinementd(MapTransform):
         mass_key: str = "mass",
         image_key: str | None = None,
         pixel_size: float = 1.0,
+        regularizer: str | Path | None = None,
         allow_missing_keys: bool = False,
         **options: Any,
     ) -> None:
@@ -107,7 +122,7 @@ class VariationalRefinementd(MapTransform):
         self.proportions_key = proportions_key
         self.mass_key = mass_key
         self.image_key = image_key
-        self.refinement = VariationalRefinement(pixel_size, **options)
+        self.refinement = VariationalRefinement(pixel_size, regularizer, **options)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

@@ -12,6 +12,7 @@ from monai_vslp.variational.explain import (
 from monai_vslp.variational.fidelity import AssignmentFidelity, assignment_cost
 from monai_vslp.variational.fusion import FusionFidelity, spread_weights
 from monai_vslp.variational.implicit import implicit_offsets
+from monai_vslp.variational.learned import LearnedRefinement
 from monai_vslp.variational.marginal import (
     MARGINALS,
     Interval,
@@ -41,6 +42,7 @@ __all__ = [
     "HuberTotalVariation",
     "Interval",
     "KullbackLeibler",
+    "LearnedRefinement",
     "MarginalSum",
     "Potential",
     "Problem",

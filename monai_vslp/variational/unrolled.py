@@ -24,12 +24,13 @@ class UnrolledResult:
     Attributes:
         log_u: logarithm of the segmentation, shape ``[B, C, H, W]``.
         psi: class offsets of the last step, shape ``[B, C]``; None without proportions.
-        regularization: :math:`\alpha R(u^s)` of the start and of each step but the last, shape ``[B, S]``.
+        energies: :math:`\sum_i a_i(\langle c_i,u_i\rangle + \varepsilon\langle u_i,\log u_i\rangle) + \alpha R(u)` of the
+            start and of each step but the last, shape ``[B, S]``, without gradient.
     """
 
     log_u: torch.Tensor
     psi: torch.Tensor | None
-    regularization: torch.Tensor
+    energies: torch.Tensor
 
 
 class UnrolledRefinement(nn.Module):
@@ -129,7 +130,9 @@ class UnrolledRefinement(nn.Module):
         energies = []
         for _ in range(self.steps if steps is None else steps):
             gradient, energy = self._gradient(log_u.exp(), tissue, image)
-            energies.append(alpha * (energy * share.view_as(energy)).sum(dim=(1, 2)))
+            with torch.no_grad():
+                local = (log_u.exp() * (cost + epsilon * log_u)).sum(dim=1) + alpha * energy
+                energies.append((local * share.view_as(local)).sum(dim=(1, 2)))
             log_u = transport(log_u / tau - cost - alpha * gradient, epsilon + 1.0 / tau)
         return UnrolledResult(log_u, psi, torch.stack(energies, dim=1))
 

@@ -3,6 +3,7 @@
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
 from monai_vslp.workflows.pictures import ConfidencePicture
+from monai_vslp.workflows.regularizer import train_regularizer
 from monai_vslp.workflows.report import report
 from monai_vslp.workflows.segment import datalist, segment
 from monai_vslp.workflows.slide import SlidePipeline
@@ -18,4 +19,5 @@ __all__ = [
     "report",
     "segment",
     "train",
+    "train_regularizer",
 ]

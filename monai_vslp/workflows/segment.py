@@ -23,7 +23,9 @@ from monai_vslp.transforms.refinement import VariationalRefinementd
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError, ProportionError, SlideError
 from monai_vslp.variational.explain import flip_band
+from monai_vslp.variational.learned import WEIGHTS
 from monai_vslp.workflows.bundle import read_config, run_config
+from monai_vslp.workflows.regularizer import REGULARIZER, has_regularizer
 
 __all__ = ["datalist", "segment"]
 
@@ -80,9 +82,9 @@ def _expand(inputs: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _fingerprint(path: Path, checkpoint: Path, settings: Mapping[str, Any]) -> str:
+def _fingerprint(path: Path, models: Sequence[Path], settings: Mapping[str, Any]) -> str:
     """Changes when the input, the network or the settings change."""
-    stats = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (path, checkpoint)]
+    stats = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (path, *models)]
     return hashlib.sha256(json.dumps([str(path.absolute()), stats, settings], default=str).encode()).hexdigest()[:16]
 
 
@@ -170,6 +172,19 @@ def _with_band(config: Mapping[str, Any], step: float) -> list[dict[str, Any]]:
     return [*steps, refined[-1] | {"_target_": _FlipBandd, "step": step, "output_dir": "@output_dir"}]
 
 
+def _regularizer(run: Path, name: str | None, band: bool) -> dict[str, str]:
+    """The config's value ``regularizer`` for a choice of the user; nothing for total variation."""
+    if name not in (None, "tv", "learned"):
+        raise InputError(f"regularizer is 'tv' or 'learned', got {name!r}.")
+    if name == "learned" and not has_regularizer(run):
+        raise InputError(f"{run} has no learned regularizer; make one with 'monai-vslp train-regularizer {run}'.")
+    if name == "learned" and band:
+        raise InputError("a band is found with total variation; choose --regularizer tv, or leave the band out.")
+    if name == "tv" or band or not has_regularizer(run):
+        return {}
+    return {"regularizer": str((run / REGULARIZER).absolute())}
+
+
 def _check_band(band: float, items: Mapping[Path, Mapping[str, Any]]) -> None:
     """Everything about a band that can be wrong before it is computed."""
     if not 0 < band < 100:
@@ -198,6 +213,7 @@ def segment(
     alpha: float | None = None,
     views: str | None = None,
     band: float | None = None,
+    regularizer: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
     **overrides: Any,
@@ -216,6 +232,7 @@ def segment(
         trust: ρ, trust in the proportions; None for a constraint.
         alpha: strength of the regularizer; None for the bundle's.
         views: group of test-time views; None for the bundle's.
+        regularizer: ``tv`` or ``learned``; None for a learned one where ``monai-vslp train-regularizer`` left it in the bundle.
         band: rounding step of the proportions in percent; which labels hang on one such step is then found too
             (:func:`monai_vslp.variational.explain.flip_band`), for images with proportions. None for no band.
         overwrite: compute again what is done.
@@ -247,12 +264,14 @@ def segment(
     if band is not None:
         _check_band(band, items)
     settings = {key: value for key, value in (("trust", trust), ("alpha", alpha), ("views", views)) if value is not None}
+    settings |= _regularizer(run, regularizer, band is not None)
     settings |= overrides
+    models = [checkpoint] if REGULARIZER not in settings else [checkpoint, Path(settings[REGULARIZER]) / WEIGHTS]
     todo_images, todo_slides = [], []
     for path in files:
         given = items[path].get("proportions")
         marked = settings | {"p": None if given is None else given.tolist(), "mpp": mpp}
-        mark = _fingerprint(path, checkpoint, marked if band is None else marked | {"band": band})
+        mark = _fingerprint(path, models, marked if band is None else marked | {"band": band})
         items[path]["fingerprint"] = mark
         if not overwrite and _is_done(output / path.stem, mark, band):
             logger.info("%s is done already.", path.name)

@@ -12,15 +12,23 @@ from pathlib import Path
 
 import monai_vslp
 from monai_vslp.networks.tta import TTA_GROUPS
+from monai_vslp.transforms.refinement import TRUST_RULES
 from monai_vslp.utils.errors import InputError
 
 __all__ = ["main"]
 
+TRUST_HELP = (
+    "trust in the proportions: a number, 'inf' (default) to meet them, 'raters' for what the raters' disagreement warrants, "
+    "'bounds' to stay within ranges such as 10-20"
+)
 
-def _trust(text: str) -> float:
+
+def _trust(text: str) -> float | str:
+    if text.lower() in TRUST_RULES:
+        return text.lower()
     value = math.inf if text.lower() in ("inf", "hard") else float(text)
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"trust must be positive or 'inf', got {text}.")
+        raise argparse.ArgumentTypeError(f"trust must be positive, 'inf', 'raters' or 'bounds', got {text}.")
     return value
 
 
@@ -74,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--output", type=Path, required=True, metavar="OUT")
     segment.add_argument("--proportions", type=Path, metavar="TABLE", help="proportions of the inputs; blank means unknown")
     segment.add_argument("--mpp", type=float, metavar="X", help="µm/px of the inputs, for slides that do not say")
-    segment.add_argument("--trust", type=_trust, metavar="RHO", help="trust in the proportions, 'inf' (default) to meet them")
+    segment.add_argument("--trust", type=_trust, metavar="RHO", help=TRUST_HELP)
     segment.add_argument("--alpha", type=float, metavar="A", help="strength of the regularizer")
     segment.add_argument(
         "--band",

@@ -80,14 +80,15 @@ class Cohort:
         return Cohort(self.classes, tuple(r for r in self.records if r.split == name), self.source)
 
     def datalist(self) -> list[dict[str, Any]]:
-        """MONAI's form: dictionaries with ``image`` (str), ``proportions`` and ``proportion_spread`` (float32 ``[C]``, left
-        out where unknown), ``stem`` and ``patient``."""
+        """MONAI's form: dictionaries with ``image`` (str), ``proportions`` and ``proportion_spread`` (float32 ``[C]``),
+        ``proportion_bounds`` (float64 ``[2, C]``), all left out where unknown, ``stem`` and ``patient``."""
         items = []
         for record in self.records:
             item: dict[str, Any] = {"image": str(record.image), "stem": record.stem, "patient": record.patient}
             if record.proportions is not None:
                 item["proportions"] = record.proportions.mean.astype(np.float32)
                 item["proportion_spread"] = record.proportions.spread.astype(np.float32)
+                item["proportion_bounds"] = np.stack([record.proportions.lower, record.proportions.upper])
             items.append(item)
         return items
 

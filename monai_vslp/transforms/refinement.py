@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 
-from monai_vslp.variational import LearnedRefinement, RefinementOptions, RefinementResult, refine
+from monai_vslp.utils.errors import InputError
+from monai_vslp.variational import (
+    LearnedRefinement,
+    RefinementOptions,
+    RefinementResult,
+    refine,
+    trust_from_spread,
+)
 
 __all__ = [
     "VariationalRefinement",
@@ -20,6 +28,9 @@ __all__ = [
     "VariationalRefinementDict",
     "VariationalRefinementd",
 ]
+
+TRUST_RULES = ("raters", "bounds")
+SINGLE_RATER_TRUST = 3.0  # suits estimates with medium noise; a single rater's own spread is not known
 
 
 class VariationalRefinement(Transform):
@@ -31,6 +42,10 @@ class VariationalRefinement(Transform):
             is divided by ``pixel_size``.
         regularizer: folder of a regularizer that ``monai-vslp train-regularizer`` left; None for total variation. Of the
             options a trained one uses ``trust`` and ``epsilon`` alone: it has learned the others.
+        trust: ρ, a number; or ``raters``: what the raters' disagreement warrants
+            (:func:`~monai_vslp.variational.trust_from_spread`), ``SINGLE_RATER_TRUST`` for a single rater; or ``bounds``: no
+            estimate is trusted, but the result stays within the ranges that were written (or that several raters span).
+        own_trust: ρ of the network's own proportions where none are given; 0 leaves them free.
         **options: fields of :class:`monai_vslp.variational.RefinementOptions`; ``alpha`` is in pixels of size 1.
 
     Raises:
@@ -39,8 +54,21 @@ class VariationalRefinement(Transform):
 
     backend = [TransformBackends.TORCH]
 
-    def __init__(self, pixel_size: float = 1.0, regularizer: str | Path | None = None, **options: Any) -> None:
-        self.options = RefinementOptions(**options)
+    def __init__(
+        self,
+        pixel_size: float = 1.0,
+        regularizer: str | Path | None = None,
+        trust: float | str = math.inf,
+        own_trust: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if isinstance(trust, str) and trust not in TRUST_RULES:
+            raise InputError(f"trust is a positive number or one of {', '.join(TRUST_RULES)}, got {trust!r}.")
+        if not 0 <= own_trust < math.inf:
+            raise InputError(f"own_trust must be finite and at least 0, got {own_trust}.")
+        self.rule = trust if isinstance(trust, str) else None
+        self.own_trust = own_trust
+        self.options = RefinementOptions(trust=math.inf if self.rule else trust, **options)
         self.pixel_size = pixel_size
         self.learned = None if regularizer is None else LearnedRefinement.load(regularizer)
 
@@ -50,6 +78,8 @@ class VariationalRefinement(Transform):
         proportions: NdarrayOrTensor | None = None,
         mass: NdarrayOrTensor | None = None,
         image: NdarrayOrTensor | None = None,
+        spread: NdarrayOrTensor | None = None,
+        bounds: Sequence[NdarrayOrTensor] | None = None,
     ) -> RefinementResult:
         """
         Args:
@@ -57,9 +87,14 @@ class VariationalRefinement(Transform):
             proportions: shape ``[C]``, fractions; None leaves them free.
             mass: tissue, shape ``[H, W]`` or ``[1, H, W]``, non-negative or bool; None means tissue everywhere.
             image: shape ``[channels, H, W]``; its edges attract boundaries. None: no edges.
+            spread: standard deviation between raters, shape ``[C]``, for ``trust="raters"``.
+            bounds: lower and upper fractions, shape ``[C]`` each, for ``trust="bounds"``.
 
         Returns:
             The result without batch axis.
+
+        Raises:
+            InputError: a rule of trust without what it rests on.
         """
         q = convert_to_tensor(confidence, track_meta=False).float()
         if mass is not None:
@@ -69,18 +104,34 @@ class VariationalRefinement(Transform):
             image = convert_to_tensor(image, track_meta=False)
         if proportions is not None:
             proportions = convert_to_tensor(proportions, dtype=torch.float64, track_meta=False)
+        trust, limits = self.options.trust, None
+        if proportions is None and self.own_trust > 0:
+            weight = torch.ones_like(q[0]) if mass is None else mass
+            proportions = (q * weight).sum(dim=(1, 2), dtype=torch.float64) / weight.sum(dtype=torch.float64).clamp_min(1e-12)
+            trust = self.own_trust
+        elif proportions is not None and self.rule == "raters":
+            if spread is None:
+                raise InputError("trust='raters' needs the spread between raters beside the proportions.")
+            trust = trust_from_spread(proportions, convert_to_tensor(spread, dtype=torch.float64, track_meta=False))
+            trust = SINGLE_RATER_TRUST if math.isinf(trust) else trust
+        elif proportions is not None and self.rule == "bounds":
+            if bounds is None:
+                raise InputError("trust='bounds' needs lower and upper fractions beside the proportions.")
+            limits = tuple(convert_to_tensor(x, dtype=torch.float64, track_meta=False) for x in bounds)
+            proportions = None
         if self.learned is not None:
             return self.learned(
                 q,
                 proportions,
                 mass,
                 image,
-                trust=self.options.trust,
+                bounds=limits,
+                trust=trust,
                 pixel_size=self.pixel_size,
                 epsilon=self.options.epsilon,
             )
-        options = replace(self.options, alpha=self.options.alpha / self.pixel_size)
-        return refine(q, proportions, mass, image, **asdict(options))
+        options = replace(self.options, trust=trust, alpha=self.options.alpha / self.pixel_size)
+        return refine(q, proportions, mass, image, bounds=limits, **asdict(options))
 
 
 class VariationalRefinementd(MapTransform):
@@ -97,7 +148,8 @@ class VariationalRefinementd(MapTransform):
 
     Args:
         keys: keys of confidence maps ``[C, H, W]``.
-        proportions_key: key of the proportions ``[C]``; absent or None there means that they are left free.
+        proportions_key: key of the proportions ``[C]``; absent or None there means that they are left free. For the rules
+            of trust, ``proportion_spread`` and ``proportion_bounds`` (``[2, C]``) are looked up beside it.
         mass_key: key of the tissue mask or mass ``[1, H, W]``; absent means tissue everywhere.
         image_key: key of the image whose edges attract boundaries; None to use none.
         pixel_size, regularizer: see :class:`VariationalRefinement`.
@@ -129,7 +181,9 @@ class VariationalRefinementd(MapTransform):
         for key in self.key_iterator(d):
             image = None if self.image_key is None else d[self.image_key]
             given = d.get(self.proportions_key)
-            result = self.refinement(d[key], given, d.get(self.mass_key), image)
+            result = self.refinement(
+                d[key], given, d.get(self.mass_key), image, d.get("proportion_spread"), d.get("proportion_bounds")
+            )
             d[f"{key}_confidence"] = d[key]
             d[key] = convert_to_dst_type(result.u, d[key])[0]
             d[f"{key}_labels"] = result.labels[None].to(torch.uint8)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational.fidelity import AssignmentFidelity, assignment_cost
+from monai_vslp.variational.marginal import Interval
 from monai_vslp.variational.refine import RefinementResult
 from monai_vslp.variational.tdv import TotalDeepVariation
 from monai_vslp.variational.transport import solve_transport, transport_plan
@@ -65,6 +66,7 @@ class LearnedRefinement:
         mass: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         *,
+        bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
         trust: float = math.inf,
         pixel_size: float = 1.0,
         epsilon: float = 0.1,
@@ -76,6 +78,7 @@ class LearnedRefinement:
             proportions: p, shape ``[C]``; None leaves them free.
             mass: tissue, shape ``[H, W]``; everywhere by default.
             image: shape ``[3, H, W]``, float in [0, 1], for a regularizer that sees the image.
+            bounds: lower and upper fractions, shape ``[C]`` each, instead of ``proportions``; kept by the last transport step.
             trust: ρ.
             pixel_size: edge of a px of the map in px of the network.
             epsilon: entropy of the last transport step and of the energies that are reported.
@@ -123,7 +126,11 @@ class LearnedRefinement:
         log_u = _restored(found.log_u[0].to(q), (share > 0).to(q), factor, (height, width))
         flat, a = log_u.reshape(classes, -1), (mass / mass.sum()).reshape(-1)
         psi, residual = found.psi, None
-        if p is not None:
+        if bounds is not None:
+            step = solve_transport(flat, a, Interval(*bounds), smoothing=1.0)
+            u, log_u_flat = transport_plan(flat, step.psi, 1.0)
+            psi, residual = step.psi, step.residual
+        elif p is not None:
             # ψ of this step only corrects for interpolation; what explains the map are those of the last learned step.
             target = p if math.isinf(trust) else (coarse_marginal(found.log_u[0], share)).to(p)
             step = solve_transport(flat, a, target / target.sum(), smoothing=1.0)

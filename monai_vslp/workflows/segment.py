@@ -54,6 +54,7 @@ def _item(path: Path, cohort: Cohort | None) -> dict[str, Any]:
     if label is not None:
         item["proportions"] = label.mean
         item["proportion_spread"] = label.spread
+        item["proportion_bounds"] = np.stack([label.lower, label.upper])
     return item
 
 
@@ -209,7 +210,7 @@ def segment(
     *,
     proportions: str | Path | None = None,
     mpp: float | None = None,
-    trust: float | None = None,
+    trust: float | str | None = None,
     alpha: float | None = None,
     views: str | None = None,
     band: float | None = None,
@@ -229,7 +230,8 @@ def segment(
         output: each input gets ``output/<stem>``.
         proportions: table with proportions of the inputs; blank cells mean unknown.
         mpp: µm per px of the inputs, for slides that do not say.
-        trust: ρ, trust in the proportions; None for a constraint.
+        trust: ρ, trust in the proportions; ``raters`` for what their disagreement warrants, ``bounds`` to stay within the
+            ranges that were written; None for the bundle's (a constraint).
         alpha: strength of the regularizer; None for the bundle's.
         views: group of test-time views; None for the bundle's.
         regularizer: ``tv`` or ``learned``; None for a learned one where ``monai-vslp train-regularizer`` left it in the bundle.
@@ -305,6 +307,7 @@ def segment(
                 output_dir=str(output / path.stem),
                 proportions=None if "proportions" not in item else item["proportions"].tolist(),
                 given_spread=None if "proportions" not in item else item["proportion_spread"].tolist(),
+                given_bounds=None if "proportions" not in item else item["proportion_bounds"].tolist(),
                 source_mpp=mpp,
                 fingerprint=item["fingerprint"],
                 progress=progress,

@@ -80,6 +80,7 @@ class SlidePipeline:
         *,
         proportions: Sequence[float] | None = None,
         given_spread: Sequence[float] | None = None,
+        given_bounds: Sequence[Sequence[float]] | None = None,
         source_mpp: float | None = None,
         fingerprint: str | None = None,
     ) -> Path:
@@ -89,6 +90,7 @@ class SlidePipeline:
             folder: where its outputs go.
             proportions: fractions of the tissue per class; None leaves them free.
             given_spread: standard deviation between raters per class.
+            given_bounds: lower and upper fractions per class.
             source_mpp: µm per level-0 px, where the file does not say.
             fingerprint: names network and settings; tiles of another one are not reused.
 
@@ -124,7 +126,9 @@ class SlidePipeline:
             )
             level0_shape, reader = source.shape, source.reader
         confidence = found.mean / found.mean.sum(axis=0, keepdims=True)
-        result = self.refinement(confidence, proportions, found.mass, np.moveaxis(image, -1, 0))
+        result = self.refinement(
+            confidence, proportions, found.mass, np.moveaxis(image, -1, 0), spread=given_spread, bounds=given_bounds
+        )
         refined = time.perf_counter()
         step = math.ceil(max(image.shape[:2]) / PICTURE_SIDE)
         output = SegmentationOutput(

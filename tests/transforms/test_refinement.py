@@ -97,3 +97,59 @@ def test_handler_and_transform_do_the_same_on_an_evaluator(way):
     for output, confidence in zip(seen, (q, q.flip(-1))):
         torch.testing.assert_close(torch.as_tensor(output["pred"]), refine(confidence, p, alpha=2.0).u, atol=2e-3, rtol=0)
         assert output["pred_refinement"]["converged"]
+
+
+def test_bounds_hold_and_the_inside_is_free():
+    q, p = noisy_confidence()
+    free = VariationalRefinement(alpha=1.0)(q).proportions
+    low, high = torch.tensor([0.5, 0.0, 0.0]), torch.tensor([0.6, 1.0, 1.0])
+    held = VariationalRefinement(alpha=1.0, trust="bounds")(q, p, bounds=(low, high)).proportions
+    assert float(free[0]) < 0.5 and float(held[0]) == pytest.approx(0.5, abs=1e-5)
+    wide = VariationalRefinement(alpha=1.0, trust="bounds")(q, p, bounds=(torch.zeros(3), torch.ones(3))).proportions
+    torch.testing.assert_close(wide, free, atol=1e-4, rtol=0)
+
+
+def test_raters_who_agree_are_trusted_more():
+    q, p = noisy_confidence()
+    given = torch.tensor([0.6, 0.2, 0.2])
+    gaps = []
+    for spread in (0.01, 0.1, 0.3):
+        result = VariationalRefinement(alpha=1.0, trust="raters")(q, given, spread=torch.full((3,), spread))
+        gaps.append(float((result.proportions - given).abs().sum()))
+    assert gaps[0] < gaps[1] < gaps[2]
+    one = VariationalRefinement(alpha=1.0, trust="raters")(q, given, spread=torch.zeros(3))
+    torch.testing.assert_close(one.u, VariationalRefinement(alpha=1.0, trust=3.0)(q, given).u)
+
+
+def test_own_proportions_pull_gently_where_none_are_given():
+    q, _ = noisy_confidence()
+    own = q.mean(dim=(1, 2)).double()
+    found = [VariationalRefinement(alpha=2.0, own_trust=trust)(q).proportions for trust in (0.0, 0.5, 50.0)]
+    gaps = [float((proportions - own).abs().sum()) for proportions in found]
+    assert gaps[0] > gaps[1] > gaps[2]
+
+
+def test_dictionary_twin_passes_spread_and_bounds():
+    q, p = noisy_confidence()
+    item = {"pred": q, "proportions": p, "proportion_spread": torch.full((3,), 0.1)}
+    item["proportion_bounds"] = [[0.5, 0, 0], [0.6, 1, 1]]
+    direct = VariationalRefinement(alpha=1.0, trust="bounds")(q, p, bounds=item["proportion_bounds"]).u
+    torch.testing.assert_close(torch.as_tensor(VariationalRefinementd("pred", alpha=1.0, trust="bounds")(item)["pred"]), direct)
+    direct = VariationalRefinement(alpha=1.0, trust="raters")(q, p, spread=item["proportion_spread"]).u
+    torch.testing.assert_close(torch.as_tensor(VariationalRefinementd("pred", alpha=1.0, trust="raters")(item)["pred"]), direct)
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({"trust": "people"}, {}, "raters, bounds"),
+        ({"own_trust": -1.0}, {}, "own_trust"),
+        ({"trust": "raters"}, {"proportions": [0.5, 0.3, 0.2]}, "spread"),
+        ({"trust": "bounds"}, {"proportions": [0.5, 0.3, 0.2]}, "lower and upper"),
+        ({"trust": "bounds"}, {"proportions": [0.5, 0.3, 0.2], "bounds": ([0.5] * 3, [0.6] * 3)}, "widen a range"),
+    ],
+)
+def test_impossible_rules_of_trust_are_refused(options, call, message):
+    q, _ = noisy_confidence()
+    with pytest.raises(InputError, match=message):
+        VariationalRefinement(**options)(q, **call)

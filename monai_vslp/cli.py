@@ -72,9 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     regularizer.add_argument("--epochs", type=int, metavar="N", help="passes of 40 batches (default: 12)")
     regularizer.add_argument("--published", action="store_true", help="the published size: three macro-blocks, ten steps")
     regularizer.add_argument("--class-wise", action="store_true", help="one that serves any number of classes")
-    regularizer.add_argument("--see-image", action="store_true", help="let it see the image beside the segmentation")
+    regularizer.add_argument("--no-image", action="store_true", help="do not let it see the image beside the segmentation")
     regularizer.add_argument("--restart", action="store_true", help="throw away an earlier regularizer in RUN")
     regularizer.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
+
+    choose = commands.add_parser("choose", help="choose strength and trust by held-out proportions, without masks")
+    choose.add_argument("model", type=Path, metavar="RUN", help="bundle folder of 'train'")
+    choose.add_argument("--table", type=Path, metavar="TABLE", help="proportions (default: the table of 'train')")
+    choose.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of 'train')")
 
     segment = commands.add_parser("segment", help="segment images, folders or slides")
     segment.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
@@ -145,12 +150,15 @@ def _run(options: argparse.Namespace) -> int:
             epochs=options.epochs,
             published=options.published,
             class_wise=options.class_wise,
-            see_image=options.see_image,
+            see_image=not options.no_image,
             restart=options.restart,
             tracking_uri=options.tracking_uri,
             progress=progress,
         )
         print(f"Learned: {folder}. 'monai-vslp segment INPUT --model {options.model} --output OUT' uses it.")
+    elif options.command == "choose":
+        for name, choice in workflows.choose(options.model, options.table, options.images, progress=progress).items():
+            print(f"--{name} {choice}")
     elif options.command == "segment":
         failures = workflows.segment(
             options.inputs,

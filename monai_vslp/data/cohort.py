@@ -43,6 +43,7 @@ class Record:
         proportions: what is given for it, None where nothing is.
         row: line of the table (the header is 1), of the first rater.
         mpp: µm/px, None where unknown.
+        estimates: what each rater gave; ``proportions`` combines them.
     """
 
     image: Path
@@ -51,6 +52,7 @@ class Record:
     proportions: ProportionLabel | None
     row: int
     mpp: float | None = None
+    estimates: tuple[ProportionLabel, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -321,7 +323,7 @@ def _record(
                 f"row {line}, column 'mpp': {written!r} is not a positive number (µm/px); leave it empty if unknown."
             )
     proportions = combine_raters(labels) if labels else None
-    return Record((folder / name).absolute(), split, _text(first.get("patient")), proportions, line, mpp)
+    return Record((folder / name).absolute(), split, _text(first.get("patient")), proportions, line, mpp, tuple(labels))
 
 
 def _missing_files(records: Sequence[Record], folder: Path) -> list[str]:

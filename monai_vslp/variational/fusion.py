@@ -12,25 +12,60 @@ from monai_vslp.variational.windows import Window, whole_window
 __all__ = ["FusionFidelity", "spread_weights"]
 
 
-def spread_weights(stack: torch.Tensor, temperature: float = 0.1, metric: str | torch.Tensor = "discrete") -> torch.Tensor:
+def spread_weights(
+    stack: torch.Tensor,
+    temperature: float = 0.1,
+    metric: str | torch.Tensor = "discrete",
+    weight: torch.Tensor | None = None,
+    smooth: float = 0.0,
+) -> torch.Tensor:
     r"""Weights of views from their spread: at a pixel, a view far from the consensus weighs less.
 
-    .. math:: w_t(i) \propto \exp\bigl(-W_G(q_i^{(t)}, \tfrac1A\textstyle\sum_s q_i^{(s)})/T\bigr)
+    .. math:: w_t(i) \propto v_t(i)\exp\bigl(-W_G(q_i^{(t)}, \textstyle\sum_s v_s(i)\,q_i^{(s)})/T\bigr)
 
     Args:
         stack: confidences of the views, shape ``[A, C, H, W]``.
         temperature: T > 0, in units of the metric; large values weigh all views alike.
-        metric: G; a name or a matrix with closed form.
+        metric: G, a name or a matrix ``[C, C]``.
+        weight: prior weights :math:`v`, shape ``[A]`` or ``[A, H, W]``, made to sum to 1; equal by default.
+        smooth: see :func:`~monai_vslp.variational.wasserstein.simplex_wasserstein`; metrics without closed form need it.
 
     Returns:
         Shape ``[A, H, W]``; sums to 1 over the views.
+
+    Raises:
+        InputError: shapes, weights or a temperature that cannot be used.
     """
     if not temperature > 0:
-        raise InputError(f"temperature must be positive, got {temperature}.")
+        raise InputError(f"temperature must be positive, got {temperature}; 0.1 of the metric's largest entry suits.")
+    if stack.ndim != 4:
+        raise InputError(f"spread_weights: the stack has shape [A, C, H, W], got {list(stack.shape)}.")
     g = ground_metric(metric, stack.shape[1])
-    mean = stack.mean(dim=0)
-    distance = torch.stack([simplex_wasserstein(view, mean, g)[0] for view in stack])
-    return torch.softmax(-distance / temperature, dim=0)
+    prior = _view_weights(weight, stack)
+    mean = (prior[:, None] * stack).sum(dim=0)
+    distance = torch.stack([simplex_wasserstein(view, mean, g, smooth)[0] for view in stack])
+    return torch.softmax(prior.log() - distance / temperature, dim=0)
+
+
+def _view_weights(weight: torch.Tensor | None, stack: torch.Tensor, tissue: torch.Tensor | None = None) -> torch.Tensor:
+    """Weights of views, equal by default, as ``[A, H, W]`` that sum to 1; outside ``tissue`` all may be 0."""
+    views, grid = len(stack), tuple(stack.shape[2:])
+    weight = torch.ones(views) if weight is None else torch.as_tensor(weight)
+    if weight.shape not in ((views,), (views, *grid)):
+        raise InputError(
+            f"weights of {views} views have shape [A] = [{views}] or [A, H, W] = {[views, *grid]}, got {list(weight.shape)}."
+        )
+    weight = weight.to(stack)
+    weight = weight if weight.ndim == 3 else weight.view(-1, 1, 1).expand(views, *grid)
+    total = weight.sum(dim=0)
+    empty = total <= 0
+    if (
+        not bool(torch.isfinite(total).all())
+        or float(weight.min()) < 0
+        or bool((empty if tissue is None else empty & tissue).any())
+    ):
+        raise InputError("weights of views must be finite, not negative, and at each pixel positive for one view at least.")
+    return torch.where(empty, 1.0 / views, weight / total.masked_fill(empty, 1.0))
 
 
 @FIDELITIES.add_def("fusion", "per-pixel Wasserstein fusion of augmented views under a class ground metric")
@@ -47,10 +82,11 @@ class FusionFidelity:
         mass: :math:`a`, shape ``[H, W]``, sums to 1; 0 is background.
         metric: G, a name or a matrix ``[C, C]``, see :func:`~monai_vslp.variational.wasserstein.ground_metric`.
         weight: :math:`w`, shape ``[A]`` or ``[A, H, W]``, made to sum to 1; equal by default.
-        smooth: width of the smoothing.
+        smooth: width of the smoothing; for a metric without closed form the entropy η of the distance, which is then not 0
+            where a view is met (0.05 of the metric's largest entry suits).
 
     Raises:
-        InputError: shapes or weights that cannot be used.
+        InputError: shapes, weights or views that cannot be used.
     """
 
     halo = 0
@@ -68,15 +104,15 @@ class FusionFidelity:
             raise InputError(f"FusionFidelity: the stack has shape [A, C, H, W] on the mass's grid, got {list(stack.shape)}.")
         if not smooth > 0:
             raise InputError(f"FusionFidelity: smooth must be positive, got {smooth}.")
-        views = len(stack)
-        weight = torch.ones(views) if weight is None else torch.as_tensor(weight)
-        if weight.shape not in ((views,), (views, *mass.shape)) or float(weight.min()) < 0:
+        tissue = mass > 0
+        lowest, off = stack.amin(dim=(0, 1))[tissue], (stack.sum(dim=1) - 1).abs().amax(dim=0)[tissue]
+        # Written so that NaN fails, too.
+        if not bool(((lowest >= -1e-4) & (off <= 1e-2)).all()):
             raise InputError(
-                f"FusionFidelity: weights have shape [A] or [A, H, W] and are not negative, got {list(weight.shape)}."
+                "FusionFidelity: each view must be probabilities over the classes (axis 1), got values down to "
+                f"{float(lowest.min()):.3g} with sums off 1 by up to {float(off.max()):.3g}; apply a softmax first."
             )
-        weight = weight.to(stack)
-        weight = weight / weight.sum(dim=0).clamp_min(1e-12)
-        self.weight = weight if weight.ndim == 3 else weight.view(-1, 1, 1).expand(views, *mass.shape)
+        self.weight = _view_weights(weight, stack, tissue)
         self.stack, self.mass, self.smooth = stack, mass, smooth
         self.metric = ground_metric(metric, stack.shape[1])
         # Curvature of Huber's function, halved for the discrete metric; a guess for others.
@@ -92,8 +128,8 @@ class FusionFidelity:
             energy += weight[rows, columns] * distance
             gradient += weight[rows, columns] * slope
         mass = self.mass[rows, columns]
-        tissue = (mass > 0).to(u)
-        return energy * tissue, gradient * tissue, mass
+        # Not a product with 0: views may hold anything outside tissue, NaN too.
+        return energy.masked_fill_(mass <= 0, 0.0), gradient.masked_fill_(mass <= 0, 0.0), mass
 
     def value(self, u: torch.Tensor, window: Window | None = None) -> float:
         """:math:`D_b(u)` over the core, summed in float64."""
@@ -131,8 +167,10 @@ class FusionFidelity:
             Shape ``[C, H, W]``.
 
         Raises:
-            InputError: another metric.
+            InputError: another metric, or a step that is not positive.
         """
+        if not step > 0:
+            raise InputError(f"FusionFidelity.prox: the step must be positive, got {step}.")
         classes = len(self.metric)
         if not torch.allclose(self.metric, 1.0 - torch.eye(classes, dtype=torch.float64)):
             raise InputError("FusionFidelity.prox is known for the discrete metric only.")

@@ -6,12 +6,14 @@ from monai_vslp.workflows.pictures import ConfidencePicture
 from monai_vslp.workflows.regularizer import train_regularizer
 from monai_vslp.workflows.report import report
 from monai_vslp.workflows.segment import datalist, segment
+from monai_vslp.workflows.selection import choose
 from monai_vslp.workflows.slide import SlidePipeline
 from monai_vslp.workflows.train import train
 
 __all__ = [
     "ConfidencePicture",
     "SlidePipeline",
+    "choose",
     "datalist",
     "demo",
     "evaluate",

@@ -35,7 +35,7 @@ def train_regularizer(
     epochs: int | None = None,
     published: bool = False,
     class_wise: bool = False,
-    see_image: bool = False,
+    see_image: bool = True,
     restart: bool = False,
     tracking_uri: str | None = None,
     progress: bool = True,

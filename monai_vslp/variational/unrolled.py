@@ -79,10 +79,10 @@ class UnrolledRefinement(nn.Module):
     def parameters_learned(self) -> dict[str, float]:
         """The scalars that were learned, by the name of their symbol."""
         return {
-            "T": float(self.log_time.exp()),
-            "alpha": float(self.log_alpha.exp()),
-            "lambda": float(self.log_weight.exp()),
-            "epsilon": float(self.log_epsilon.exp()),
+            "T": float(self.log_time.detach().exp()),
+            "alpha": float(self.log_alpha.detach().exp()),
+            "lambda": float(self.log_weight.detach().exp()),
+            "epsilon": float(self.log_epsilon.detach().exp()),
         }
 
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -88,27 +88,115 @@ def whole_window(shape: tuple[int, int]) -> Window:
 class DiskArray:
     """Array of float32 in a file of its own, read and written by slices of the last two axes.
 
-    Every access maps the file and lets it go again, so that a process holds no more of it than the slice.
+    The file holds the map block by block, each with all its leading axes, so that a window of a block's size is one read
+    or write however wide the map is. A process holds no more of the file than the slices it asked for.
 
     Args:
         path: the file; made with zeros (sparse) if it does not exist.
         shape: ``[..., H, W]``.
+        block: rows and columns of a block.
+
+    Raises:
+        InputError: a file of another size.
+        OSError: the file cannot be read or written (a full disk, say).
     """
 
-    def __init__(self, path: str | Path, shape: Sequence[int]) -> None:
+    def __init__(self, path: str | Path, shape: Sequence[int], block: tuple[int, int] = (256, 256)) -> None:
         self.path, self.shape = Path(path), tuple(int(n) for n in shape)
-        size = int(np.prod(self.shape)) * 4
+        self.block = tuple(max(1, min(want, have)) for want, have in zip(block, self.shape[-2:]))
+        self._leading = int(np.prod(self.shape[:-2]))
+        self._across = -(-self.shape[-1] // self.block[1])
+        self._bytes = 4 * self._leading * self.block[0] * self.block[1]
+        size = -(-self.shape[-2] // self.block[0]) * self._across * self._bytes
         if not self.path.exists():
             with open(self.path, "wb") as file:
                 file.truncate(size)
         elif self.path.stat().st_size != size:
             raise InputError(f"{self.path} holds {self.path.stat().st_size} bytes, {size} are needed for {self.shape}.")
-
-    def _map(self, mode: str) -> np.memmap:
-        return np.memmap(self.path, np.float32, mode, shape=self.shape)
+        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed when the array is let go
 
     def __getitem__(self, key: tuple) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._map("r")[key]))
+        rows, columns = self._rectangle(key)
+        out = np.empty((self._leading, rows.stop - rows.start, columns.stop - columns.start), np.float32)
+        for run in self._runs(rows, columns):
+            target = out[(slice(None), *run.place)]
+            if run.whole_rows and target.flags.c_contiguous:
+                self._transfer(run, target, self._file.readinto)
+            else:
+                target[...] = self._read(run)[:, :, run.columns]
+        return torch.from_numpy(out.reshape(*self.shape[:-2], *out.shape[1:]))
 
     def __setitem__(self, key: tuple, value: torch.Tensor) -> None:
-        self._map("r+")[key] = value.numpy()
+        rows, columns = self._rectangle(key)
+        source = value.detach().to("cpu", torch.float32).numpy()
+        source = source.reshape(self._leading, rows.stop - rows.start, columns.stop - columns.start)
+        for run in self._runs(rows, columns):
+            data = np.ascontiguousarray(source[(slice(None), *run.place)])
+            if not run.whole_rows:
+                part, data = data, self._read(run)
+                data[:, :, run.columns] = part
+            self._transfer(run, data, self._file.write)
+
+    def _rectangle(self, key: tuple) -> tuple[slice, slice]:
+        if len(key) != len(self.shape) or any(part != slice(None) for part in key[:-2]):
+            raise InputError(f"a DiskArray is sliced in its last two axes only, got {key} for the shape {self.shape}.")
+        spans = [part.indices(length) for part, length in zip(key[-2:], self.shape[-2:])]
+        if any(step != 1 for _, _, step in spans):
+            raise InputError(f"a DiskArray is sliced without steps, got {key}.")
+        rows, columns = (slice(start, max(start, stop)) for start, stop, _ in spans)
+        return rows, columns
+
+    def _runs(self, rows: slice, columns: slice) -> Iterator[_Run]:
+        """The parts of blocks that make up a rectangle."""
+        height, width = self.block
+        if rows.start == rows.stop or columns.start == columns.stop:
+            return
+        for i in range(rows.start // height, -(-rows.stop // height)):
+            top, bottom = i * height, min((i + 1) * height, self.shape[-2])
+            first, last = max(rows.start, top), min(rows.stop, bottom)
+            for j in range(columns.start // width, -(-columns.stop // width)):
+                left, right = j * width, min((j + 1) * width, self.shape[-1])
+                begin, end = max(columns.start, left), min(columns.stop, right)
+                yield _Run(
+                    offset=(i * self._across + j) * self._bytes,
+                    shape=(bottom - top, right - left),
+                    rows=slice(first - top, last - top),
+                    columns=slice(begin - left, end - left),
+                    place=(slice(first - rows.start, last - rows.start), slice(begin - columns.start, end - columns.start)),
+                )
+
+    def _read(self, run: _Run) -> np.ndarray:
+        data = np.empty((self._leading, run.rows.stop - run.rows.start, run.shape[1]), np.float32)
+        self._transfer(run, data, self._file.readinto)
+        return data
+
+    def _transfer(self, run: _Run, data: np.ndarray, move: Callable[[memoryview], int]) -> None:
+        """Read or write the rows of a run, all columns of its block; ``data`` is contiguous."""
+        height, width = run.shape
+        if run.rows == slice(0, height):
+            pieces = [(run.offset, data)]
+        else:
+            pieces = [(run.offset + 4 * width * (k * height + run.rows.start), data[k]) for k in range(self._leading)]
+        for offset, piece in pieces:
+            self._file.seek(offset)
+            rest = memoryview(piece).cast("B")
+            while rest:
+                done = move(rest)
+                if not done:
+                    raise OSError(f"{self.path} ended early: it was cut while in use.")
+                rest = rest[done:]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Part of a block: ``offset`` of the block in bytes, its ``shape``, rows and columns in it, and its place in a slice."""
+
+    offset: int
+    shape: tuple[int, int]
+    rows: slice
+    columns: slice
+    place: tuple[slice, slice]
+
+    @property
+    def whole_rows(self) -> bool:
+        return self.columns == slice(0, self.shape[1])

@@ -20,7 +20,7 @@ from monai_vslp.transforms import LoadTissueImaged
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational import refine
 from monai_vslp.workflows.bundle import read_config
-from monai_vslp.workflows.regularizer import REGULARIZER
+from monai_vslp.workflows.regularizer import NETWORK, REGULARIZER
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
@@ -156,10 +156,7 @@ def choose(
     datalist = [item for item in datalist if "proportions" in item]
     if not datalist:
         raise InputError(f"table {table or trained['table']} has no row with proportions to choose by.")
-    network = ConfidenceNet(
-        len(cohort.classes),
-        **{key: inference[key] for key in ("backbone", "backbone_kwargs", "blocks", "window", "mean", "std")},
-    )
+    network = ConfidenceNet(len(cohort.classes), **{key: inference[key] for key in NETWORK})
     network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     load = Compose([LoadTissueImaged(keys="image")])
     cell = 4

@@ -19,6 +19,7 @@ EXTRAS = {
     ],
     "tracking": ["mlflow>=3.1", "matplotlib"],
     "transport": ["POT>=0.9.5"],
+    "stores": ["zarr>=3"],
     "label": ["monailabel>=0.8.5"],
     "deploy": ["monai-deploy-app-sdk>=4.0"],
     "distributed": ["dask[distributed]>=2025.1"],
@@ -26,7 +27,7 @@ EXTRAS = {
     "dev": ["pytest>=8", "hypothesis", "ruff", "jsonschema"],
 }
 # MONAI Label, MONAI Deploy and Dask need environments or clusters of their own; "all" is what one machine uses.
-EXTRAS["all"] = EXTRAS["slides"] + EXTRAS["tracking"] + EXTRAS["transport"]
+EXTRAS["all"] = EXTRAS["slides"] + EXTRAS["tracking"] + EXTRAS["transport"] + EXTRAS["stores"]
 
 setup(
     name="monai_vslp",

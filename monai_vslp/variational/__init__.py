@@ -21,6 +21,7 @@ from monai_vslp.variational.marginal import (
     Wasserstein,
     trust_from_spread,
 )
+from monai_vslp.variational.outofcore import StoreResult, refine_store
 from monai_vslp.variational.potential import FIDELITIES, REGULARIZERS, Potential, WeightedSum
 from monai_vslp.variational.refine import RefinementOptions, RefinementResult, refine, refine_all
 from monai_vslp.variational.regularizer import HuberTotalVariation, image_edge_weight
@@ -51,6 +52,7 @@ __all__ = [
     "Solution",
     "Step",
     "StoppingRule",
+    "StoreResult",
     "TotalDeepVariation",
     "TransportResult",
     "UnrolledRefinement",
@@ -70,6 +72,7 @@ __all__ = [
     "pixel_sensitivity",
     "refine",
     "refine_all",
+    "refine_store",
     "simplex_wasserstein",
     "solve_transport",
     "spread_weights",

@@ -279,7 +279,7 @@ class MarginalSum:
         for term in (self.first, self.second):
             if term.lower is not None:
                 raise ProportionError("bounds and constraints cannot be added to other terms on the proportions.")
-        if self.first.shift_invariant and self.second.shift_invariant:
+        if self.first.shift_invariant or self.second.shift_invariant:
             object.__setattr__(self, "shift_invariant", True)
 
     @property

@@ -22,7 +22,7 @@ from monai_vslp.utils.errors import InputError, ProportionError
 from monai_vslp.variational.fidelity import AssignmentFidelity, assignment_cost
 from monai_vslp.variational.levels import WINDOW_VALUES, Level, solve_levels
 from monai_vslp.variational.potential import Potential
-from monai_vslp.variational.refine import RefinementOptions, _check_proportions, _options, marginal_for
+from monai_vslp.variational.refine import RefinementOptions, check_proportions, marginal_for, refinement_options
 from monai_vslp.variational.solver import Solution, Step, StoppingRule
 from monai_vslp.variational.windows import DiskArray, MapArray, Window, split_windows
 
@@ -200,7 +200,7 @@ def refine_store(
     }
     if proportions is not None and bounds is not None:
         raise ProportionError("refine_store: give proportions or bounds, not both.")
-    p = None if proportions is None else _check_proportions(proportions, classes, 1)[0]
+    p = None if proportions is None else check_proportions(proportions, classes, 1)[0]
     marginal = marginal_for(p, None if bounds is None else _checked_bounds(bounds, classes), settings)
     active = torch.ones(classes, dtype=torch.bool) if marginal is None else marginal.active
     count = int(active.sum())
@@ -282,7 +282,7 @@ def _settings(options: dict) -> RefinementOptions:
             raise InputError(f"refine_store: {name} is not for maps from a store; they have total variation only. Use refine.")
     if options.pop("image", None) is not None:
         raise InputError("refine_store: give weight, a map of image_edge_weight, in place of an image.")
-    settings = _options(options)
+    settings = refinement_options(options)
     if settings.fusion_weight > 0:
         raise InputError(
             "refine_store: fusion_weight needs the stack of views of every pixel, which stores do not hold; leave it at 0 or "

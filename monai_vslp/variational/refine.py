@@ -239,7 +239,8 @@ def _check_confidence(confidence: torch.Tensor) -> None:
         )
 
 
-def _check_proportions(proportions: torch.Tensor, classes: int, batch: int) -> torch.Tensor:
+def check_proportions(proportions: torch.Tensor, classes: int, batch: int) -> torch.Tensor:
+    """Proportions ``[B, C]``, float64, made to add up to 1; raises ProportionError for what cannot be meant."""
     p = torch.as_tensor(proportions, dtype=torch.float64)
     if p.ndim == 1:
         p = p.expand(batch, -1)
@@ -321,7 +322,7 @@ def refine(
         >>> bool((result.proportions - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 1e-5)
         True
     """
-    settings = _options(options)
+    settings = refinement_options(options)
     _check_confidence(confidence)
     batched = confidence.ndim == 4
     q = confidence if batched else confidence[None]
@@ -329,7 +330,7 @@ def refine(
     batch, classes, height, width = q.shape
     if proportions is not None and bounds is not None:
         raise ProportionError("refine: give proportions or bounds, not both.")
-    p = None if proportions is None else _check_proportions(proportions, classes, batch)
+    p = None if proportions is None else check_proportions(proportions, classes, batch)
     low_high = None
     if bounds is not None:
         low_high = [torch.as_tensor(x, dtype=torch.float64).expand(batch, -1) for x in bounds]
@@ -373,7 +374,12 @@ def refine(
     return RefinementResult(**merged)
 
 
-def _options(options: dict) -> RefinementOptions:
+def refinement_options(options: dict) -> RefinementOptions:
+    """Options by name.
+
+    Raises:
+        InputError: an unknown name, or an impossible value.
+    """
     known = [field.name for field in fields(RefinementOptions)]
     for name in options:
         if name not in known:

@@ -292,7 +292,7 @@ def _newton(
         if lower is None:
             gap = smooth
         elif kinked:
-            above, below = (lower + smooth).clamp_max(0), (upper + smooth).clamp_min(0)
+            above, below = (lower + smooth).clamp_min(0), (upper + smooth).clamp_max(0)
             gap = torch.where(psi > 0, lower + smooth, torch.where(psi < 0, upper + smooth, above + below))
         else:
             gap = smooth + lower

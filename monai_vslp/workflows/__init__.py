@@ -6,7 +6,7 @@ from monai_vslp.workflows.pictures import ConfidencePicture
 from monai_vslp.workflows.regularizer import train_regularizer
 from monai_vslp.workflows.report import report
 from monai_vslp.workflows.segment import datalist, segment
-from monai_vslp.workflows.selection import choose
+from monai_vslp.workflows.selection import choose, target_strength
 from monai_vslp.workflows.slide import SlidePipeline
 from monai_vslp.workflows.train import train
 
@@ -20,6 +20,7 @@ __all__ = [
     "format_table",
     "report",
     "segment",
+    "target_strength",
     "train",
     "train_regularizer",
 ]

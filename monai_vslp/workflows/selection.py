@@ -24,7 +24,7 @@ from monai_vslp.workflows.regularizer import NETWORK, REGULARIZER
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
-__all__ = ["Choice", "choose", "choose_strength", "choose_trust"]
+__all__ = ["Choice", "choose", "choose_strength", "choose_trust", "target_strength"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,23 @@ def choose_strength(stacks: ConfidenceStacks, candidates: Sequence[float] = STRE
             found = refine(q, None, entry["mass"], entry["image"], alpha=alpha, tolerance=1e-4).proportions
             errors[row, index] = float((found - entry["proportions"]).abs().mean())
     return _largest_within_one_error(candidates, errors)
+
+
+def target_strength(
+    given: float | None, training: ConfidenceStacks, held_out: ConfidenceStacks, progress: bool = True
+) -> float:
+    """Strength of the total variation that a regularizer's targets are made with, in cells.
+
+    Args:
+        given: used as it is; None to choose it by :func:`choose_strength`.
+        training, held_out: stacks; those held out are used where there are some.
+        progress: show a progress bar.
+    """
+    if given is not None:
+        return float(given)
+    choice = choose_strength(held_out if len(held_out) else training, progress=progress)
+    logger.info("Strength of the targets, in cells: %s", choice)
+    return choice.value
 
 
 def choose_trust(

@@ -2,7 +2,7 @@
 
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
-from monai_vslp.workflows.pictures import ConfidencePicture
+from monai_vslp.workflows.pictures import ConfidencePicture, picture_regularizer
 from monai_vslp.workflows.regularizer import train_regularizer
 from monai_vslp.workflows.report import report
 from monai_vslp.workflows.segment import datalist, segment
@@ -18,6 +18,7 @@ __all__ = [
     "demo",
     "evaluate",
     "format_table",
+    "picture_regularizer",
     "report",
     "segment",
     "target_strength",

@@ -12,7 +12,16 @@ from monai_vslp.io.summary import read_summary
 from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows import segment, train, train_regularizer
 
-QUICK = {"batches": 2, "crop": 12, "regularizer_batch_size": 2, "features": 4, "steps": 2, "views": "flips", "progress": False}
+QUICK = {
+    "batches": 2,
+    "crop": 12,
+    "regularizer_batch_size": 2,
+    "features": 4,
+    "steps": 2,
+    "views": "flips",
+    "progress": False,
+    "pictures": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,9 @@ def copy(trained, tmp_path):
 
 def test_train_then_segment_with_what_was_learned(copy, tmp_path):
     folder, run = copy
-    out = train_regularizer(run, epochs=2, **QUICK)
+    out = train_regularizer(run, epochs=2, **(QUICK | {"pictures": True}))
+    pictures = sorted(path.name for path in (out / "pictures").iterdir())
+    assert pictures == ["eigenfunctions.png", "energies.png", "regularization.png"]
     history = json.loads((out / "history.json").read_text())
     assert [row["epoch"] for row in history] == [1, 2] and (out / "mlflow.db").exists()
     described = json.loads((out / "architecture.json").read_text())

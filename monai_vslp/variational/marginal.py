@@ -302,19 +302,27 @@ class MarginalSum:
         value, one, two = at(phi)
         for _ in range(200):
             gradient = two[1] - one[1]
-            if float(gradient.abs().sum()) < 1e-13:
+            gap = float(gradient.abs().sum())
+            if gap < 1e-13:
                 break
-            step = torch.linalg.solve(one[2] + two[2] + ridge, gradient)
-            length = 1.0
-            while length > 1e-9:
+            hessian = one[2] + two[2]
+            # Far out a distance is flat in single classes: the damping, which vanishes with the gradient, bounds the step.
+            damping = 1e-3 * min(1.0, gap) * float(hessian.diagonal().max()) * torch.eye(len(psi), dtype=torch.float64)
+            step = torch.linalg.solve(hessian + damping + ridge, gradient)
+            # Close to the maximum the value changes by less than its rounding error; the gradient still tells.
+            unit = max(1.0, abs(value))
+            length, best = 1.0, (value, one, two)
+            while length > 1e-15:
                 trial = at(phi + length * step)
-                if trial[0] >= value:
+                rise, nearer = trial[0] - value, float((trial[2][1] - trial[1][1]).abs().sum()) < 0.5 * gap
+                if rise > 1e-12 * unit or (nearer and rise > -1e-9 * unit):
+                    best = trial
                     break
                 length *= 0.5
-            else:
+            if best[1] is one:
                 break  # rounding error is reached
             phi = phi + length * step
-            value, one, two = trial
+            value, one, two = best
         curvature = one[2] @ torch.linalg.solve(one[2] + two[2] + ridge, two[2])
         return value, one[1], 0.5 * (curvature + curvature.T)
 

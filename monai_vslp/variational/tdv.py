@@ -119,7 +119,8 @@ class TotalDeepVariation(nn.Module):
 
     with a zero-mean 3×3 convolution :math:`K` of :math:`m` features whose filters lie in the unit ball, a network
     :math:`\mathcal N` of U-shaped macro-blocks, and a vector :math:`w`. No biases, symmetric padding. The per-pixel energy
-    :math:`r_i` may be negative: its zero is the constant map.
+    :math:`r_i` may be negative. It is 0 for a constant map, with several channels only for one that is the same in all of them;
+    the gradient need not vanish there.
 
     Args:
         channels: classes seen together. 1 makes a class-wise regularizer: it may then be applied to maps of any number of

@@ -68,13 +68,30 @@ def test_class_wise_network_does_not_know_class_names():
     u = torch.softmax(torch.randn(2, 5, 12, 12, dtype=torch.float64), dim=1)
     order = torch.tensor([3, 1, 4, 0, 2])
     torch.testing.assert_close(network(u[:, order]), network(u))
-    assert float(network(torch.full((1, 4, 12, 12), 0.25, dtype=torch.float64)).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_constants_are_not_seen(channels):
+    """Filters have mean 0 over all their channels: a class-wise network sees no constant, another none that all classes share.
+
+    So nothing pushes a map as a whole along such a constant, although single pixels may be pushed: the strided filters and
+    the mirrored border have a linear part.
+    """
+    potential = DeepVariationPotential(small(channels), torch.full((12, 14), 1 / 168, dtype=torch.float64))
+    level = torch.tensor([0.5, 0.3, 0.2] if channels == 1 else [0.4], dtype=torch.float64)[:, None, None].expand(3, 12, 14)
+    assert potential.value(level) == pytest.approx(0.0, abs=1e-12)
+    assert float(potential.energy_map(level).abs().max()) < 1e-12
+    u = torch.softmax(torch.randn(3, 12, 14, dtype=torch.float64), dim=0)
+    value, gradient = potential.value_and_gradient(u)
+    assert value == pytest.approx(potential.value(u + level), rel=1e-10)
+    push = (gradient * potential.mass).sum(dim=(1, 2))
+    assert float((push if channels == 1 else push.sum()).abs().max()) < 1e-12
 
 
 def test_the_image_matters_where_it_is_seen():
     network = small(3, image_channels=3)
     u = torch.softmax(torch.randn(1, 3, 12, 12, dtype=torch.float64), dim=1)
-    first, second = (network(u, torch.randn(1, 3, 12, 12, dtype=torch.float64)) for _ in range(2))
+    first, second = (network(u, torch.randn(1, 3, 12, 12, dtype=torch.float64)).detach() for _ in range(2))
     assert float((first - second).abs().max()) > 1e-3
     with pytest.raises(InputError, match="3 image channels, got none"):
         network(u)
@@ -159,6 +176,8 @@ def test_foreign_weights_are_refused():
         convert_published_state_dict({"conv.weight": torch.zeros(1)})
     with pytest.raises(InputError, match="unknown"):
         convert_published_state_dict(state | {"extra.weight": torch.zeros(1)})
+    with pytest.raises(InputError, match="has shape"):
+        convert_published_state_dict(state | {"mb.0.mb.1.0.conv1.weight": torch.zeros(8, 8, 3, 3)})
     with pytest.raises(InputError, match="no macro-block"):
         convert_published_state_dict({key: value for key, value in state.items() if key.startswith("K")})
 

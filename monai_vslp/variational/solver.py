@@ -163,7 +163,7 @@ def minimize(
 
     Args:
         problem: the energy.
-        allocate: makes an array of a shape ``[C, H, W]`` or ``[H, W]``; up to three of each are used.
+        allocate: makes an array of a shape ``[C, H, W]`` or ``[H, W]``; up to four of each are used.
         stopping: when to stop.
         step: first σ.
         start: :math:`\log u^0` up to a constant per pixel, shape ``[C, H, W]``, overwritten; by default the minimiser

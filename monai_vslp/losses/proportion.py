@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.utils import look_up_option, optional_import
+from monai.utils import look_up_option
 from torch import nn
 
 from monai_vslp.utils.errors import InputError
-
-emd2, _ = optional_import("ot", name="emd2", descriptor="{} is needed for general ground metrics: pip install POT")
+from monai_vslp.variational.wasserstein import ground_metric, simplex_wasserstein
 
 __all__ = ["ConsistencyLoss", "ProportionLoss", "wasserstein_proportions"]
 
@@ -20,60 +19,36 @@ Metric = str | torch.Tensor | Sequence[Sequence[float]]
 def _check_metric(metric: Metric) -> str | torch.Tensor:
     """The metric's name, or its matrix ``[C, C]`` as float64."""
     if isinstance(metric, str):
-        return look_up_option(metric, ("discrete", "ordered"))
-    matrix = torch.as_tensor(metric, dtype=torch.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise InputError(f"metric must be 'discrete', 'ordered' or a matrix [C, C], got shape {list(matrix.shape)}.")
-    if not matrix.isfinite().all() or (matrix < 0).any() or matrix.diagonal().any() or not matrix.allclose(matrix.T):
-        raise InputError(f"metric must be finite, non-negative, symmetric and 0 on its diagonal, got {matrix.tolist()}.")
-    return matrix
+        return look_up_option(metric, ("discrete", "ordinal"))
+    return ground_metric(metric, len(metric))
 
 
 def wasserstein_proportions(predicted: torch.Tensor, given: torch.Tensor, metric: Metric = "discrete") -> torch.Tensor:
     r"""Wasserstein-1 distance of proportions under a metric between classes,
 
     .. math::
-        W_G(\hat p, p) = \min_{P \ge 0}\ \sum_{kl} P_{kl} G_{kl} \quad\text{with}\quad P 1 = \hat p,\ P^\top 1 = p.
+        W_G(\hat p, p) = \min_{P \ge 0}\ \sum_{kl} P_{kl} G_{kl} \quad\text{with}\quad P 1 = \hat p,\ P^\top 1 = p,
 
-    Closed forms serve where they exist: half the :math:`\ell_1` distance where all classes are equally far from each
-    other, the area between the cumulative sums where they lie on a line. Other metrics are solved by POT, and the dual
-    potentials are the gradient.
+    exact: in closed form where all classes are equally far apart or lie on a line, by a linear program otherwise, whose
+    dual potentials are the gradient.
 
     Args:
         predicted: :math:`\hat p`, shape ``[B, C]``, on the simplex.
-        given: :math:`p`, shape ``[B, C]``, on the simplex.
-        metric: ``discrete`` (1 between different classes), ``ordered`` (``|k - l|``), or the matrix :math:`G`,
-            ``[C, C]``, symmetric, at least 0, 0 on the diagonal.
+        given: :math:`p`, shape ``[B, C]``, on the simplex; a constant.
+        metric: see :func:`monai_vslp.variational.wasserstein.ground_metric`.
 
     Returns:
-        Distances, shape ``[B]``, in the unit of the metric.
+        Distances, shape ``[B]``, in the unit of the metric, differentiable in ``predicted``.
 
     Raises:
         InputError: shapes that do not fit, or no metric.
-        OptionalImportError: POT is missing and the metric has no closed form.
     """
     if predicted.ndim != 2 or predicted.shape != given.shape:
         raise InputError(f"proportions must have one shape [B, C], got {list(predicted.shape)} and {list(given.shape)}.")
-    matrix = _check_metric(metric)
-    classes = predicted.shape[1]
-    difference = predicted - given
-    if isinstance(matrix, str):
-        if matrix == "discrete":
-            return 0.5 * difference.abs().sum(dim=1)
-        return difference.cumsum(dim=1)[:, :-1].abs().sum(dim=1)
-    if matrix.shape[0] != classes:
-        raise InputError(f"metric must be [{classes}, {classes}] for {classes} classes, got {list(matrix.shape)}.")
-    edge = float(matrix.max())
-    if torch.equal(matrix, edge * (1 - torch.eye(classes, dtype=matrix.dtype))):
-        return 0.5 * edge * difference.abs().sum(dim=1)
-    # On a line, distances from one of the two farthest classes are positions.
-    position, order = matrix[int(matrix.argmax()) // classes].sort()
-    if (position[:, None] - position).abs().allclose(matrix[order][:, order]):
-        area = difference[:, order.to(difference.device)].cumsum(dim=1)[:, :-1].abs()
-        return (area * position.diff().to(difference)).sum(dim=1)
-    # POT compares the masses to the last digit of what it is given, so float32 is not enough.
-    pairs = [[row.double() / row.double().sum() for row in rows] for rows in (predicted.cpu(), given.detach().cpu())]
-    return torch.stack([emd2(a, b, matrix) for a, b in zip(*pairs)]).to(predicted)
+    fixed, target = predicted.detach().double().T, given.detach().double().T
+    value, gradient = simplex_wasserstein(fixed, target.to(fixed), ground_metric(metric, predicted.shape[1]))
+    # The distance is piecewise linear: its value and one linear term carry all of the first derivative.
+    return value.to(predicted) + ((predicted - predicted.detach()) * gradient.T.to(predicted)).sum(dim=1)
 
 
 def _log_probability(prediction: torch.Tensor, logits: bool) -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_band_is_what_refinements_by_hand_give():
 def test_a_larger_step_widens_the_band_and_an_absent_class_can_come_in():
     q, _ = noisy_confidence(size=(20, 24))
     p = [0.6, 0.4, 0.0]
-    bands = [flip_band(q, p, step=step, **OPTIONS) for step in (0.02, 0.1)]
+    bands = [flip_band(q, p, step=step, alpha=0.5, tolerance=1e-8) for step in (0.02, 0.1)]
     assert bands[0].flipped < bands[1].flipped
     assert bool((bands[1].lower <= bands[0].lower + 1e-9).all()) and bool((bands[1].upper >= bands[0].upper - 1e-9).all())
     assert len(bands[0].moves) == 4 and {move.target for move in bands[0].moves} == {0, 1, 2}
@@ -206,7 +206,7 @@ def test_coarse_band_resembles_the_fine_one_on_the_fine_grid():
 
 def test_band_as_json():
     q, p = noisy_confidence(size=(12, 12))
-    band = flip_band(q, p, **OPTIONS)
+    band = flip_band(q, p, alpha=0.5)
     text = json.loads(json.dumps(band.to_dict(["a", "b", "c"])))
     assert text["step"] == 0.05 and len(text["moves"]) == 6 and text["moves"][0]["from"] == "a"
     assert text["areas"]["b"]["lower"] <= text["areas"]["b"]["map"] <= text["areas"]["b"]["upper"]

@@ -153,8 +153,8 @@ class RegularizerBatches(Dataset):
       consistent with the image's proportions by the variational stage with total variation weighted by the image;
     - *maps*: a synthetic label map, degraded by what was measured of the first stage; the target is the map.
 
-    Half of the batches come with the exact proportions of their targets as a constraint, half with proportions as a rater
-    would have given them and a finite trust, so that what is learned serves both. Batch ``i`` of epoch ``e`` depends on
+    A third of the batches comes with the exact proportions of their targets as a constraint, a third with proportions as a
+    rater would have given them and a finite trust, a third without any, so that what is learned serves all three. Batch ``i`` of epoch ``e`` depends on
     ``(seed, e, i)`` alone.
 
     Args:
@@ -222,7 +222,7 @@ class RegularizerBatches(Dataset):
 
         Returns:
             ``image``: confidences ``[B, C, s, s]``; ``label``: targets, same shape; ``reference``: crisp label maps, same
-            shape; ``proportions`` ``[B, C]``; ``trust``; ``guide``: the image ``[B, 3, s, s]``; ``mass`` ``[B, s, s]``;
+            shape; ``proportions`` ``[B, C]``; ``trust`` (0: do not use them); ``guide``: the image ``[B, 3, s, s]``; ``mass`` ``[B, s, s]``;
             ``from_maps``: whether the targets are label maps.
         """
         if not 0 <= index < self.length:
@@ -231,14 +231,14 @@ class RegularizerBatches(Dataset):
         from_maps = torch.rand((), generator=g).item() < self.maps
         crops = [self._crop(from_maps, g) for _ in range(self.batch_size)]
         batch = {key: torch.stack([crop[key] for crop in crops]) for key in crops[0]}
-        rated = torch.rand((), generator=g).item() < 0.5
+        kind = ("exact", "rated", "none")[int(torch.randint(3, (), generator=g))]
         weight = batch["mass"] / batch["mass"].sum(dim=(1, 2), keepdim=True).clamp_min(1e-6)
         p = (batch["label"] * weight[:, None]).sum(dim=(2, 3)).clamp_min(1e-4)
-        if rated:
+        if kind == "rated":
             # An estimate of 0 would forbid a class that the target has; people's tables do that, training must survive it.
             p = torch.stack([self._rated(row, g) for row in p]).clamp_min(1e-3)
         batch["proportions"] = p / p.sum(dim=1, keepdim=True)
-        batch["trust"] = torch.tensor(self.trust if rated else math.inf)
+        batch["trust"] = torch.tensor({"exact": math.inf, "rated": self.trust, "none": 0.0}[kind])
         batch["from_maps"] = torch.tensor(from_maps)
         return batch
 

@@ -346,9 +346,9 @@ def energies_along(
         mass = torch.ones(batch, height, width, dtype=confidence.dtype, device=confidence.device)
     share = mass / mass.sum(dim=(1, 2), keepdim=True)
     tissue = mass > 0
-    weight, epsilon, alpha = model.log_weight.exp(), model.log_epsilon.exp(), model.log_alpha.exp()
+    time, alpha, weight, epsilon, effective = model.scalars(0.0 if proportions is None else trust)
     cost = -weight * torch.log(confidence + model.delta)
-    rho = float(trust)
+    rho = float(effective)
     columns: dict[str, list[torch.Tensor]] = {
         name: [] for name in ("fidelity", "regularization", "marginal", "residual", "miou")
     }
@@ -383,7 +383,6 @@ def energies_along(
     finally:
         hook.remove()
     stacked = {name: torch.stack(values, dim=1) for name, values in columns.items() if values}
-    stopping_time = float(model.log_time.exp())
     return EnergyPath(
         fidelity=stacked["fidelity"],
         regularization=stacked["regularization"],
@@ -391,9 +390,9 @@ def energies_along(
         total=stacked["fidelity"] + stacked["regularization"] + stacked["marginal"],
         residual=stacked.get("residual"),
         miou=stacked.get("miou"),
-        times=torch.arange(steps + 1) * (stopping_time / model.steps),
+        times=torch.arange(steps + 1) * (float(time) / model.steps),
         stopping_step=model.steps,
-        stopping_time=stopping_time,
+        stopping_time=float(time),
         u=maps,
     )
 

@@ -15,6 +15,7 @@ from monai_vslp.variational.tdv import TotalDeepVariation
 __all__ = ["UnrolledRefinement", "UnrolledResult"]
 
 LOG_FLOOR = -30.0  # log u is held above it: in float32 e^-30 is 0 beside 1, and differences stay finite
+TRUST_SCALE = 3.0  # ρ at which learned scalars are halfway between those of a constraint and those without proportions
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class UnrolledRefinement(nn.Module):
     :math:`c = -\lambda\log(q + \delta)`. Learned: θ, the stopping time :math:`T`, the strength α, the weight λ, the entropy ε.
     The start is the transport step alone.
 
+    The less proportions decide, the more the image and the regularizer have to: each scalar s of T, α, λ and ε is used as
+    :math:`s\,e^{\kappa_s\rho_0/(\rho_0+\rho)}` with :math:`\rho_0 = 3`, and ρ as :math:`\rho\,e^{\kappa_\rho}`, with learned κ, 0
+    at the start, so that one network serves constraints, estimates, and no proportions at all.
+
     Args:
         regularizer: :math:`R`; its energy is per pixel.
         steps: :math:`S`.
@@ -74,6 +79,7 @@ class UnrolledRefinement(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
         self.log_weight = nn.Parameter(torch.tensor(math.log(fidelity_weight)))
         self.log_epsilon = nn.Parameter(torch.tensor(math.log(epsilon)))
+        self.trust_slopes = nn.Parameter(torch.zeros(5))  # of T, α, λ, ε and ρ
 
     @property
     def parameters_learned(self) -> dict[str, float]:
@@ -83,7 +89,15 @@ class UnrolledRefinement(nn.Module):
             "alpha": float(self.log_alpha.detach().exp()),
             "lambda": float(self.log_weight.detach().exp()),
             "epsilon": float(self.log_epsilon.detach().exp()),
+            **{f"slope of {name}": float(k) for name, k in zip(("T", "alpha", "lambda", "epsilon", "rho"), self.trust_slopes)},
         }
+
+    def scalars(self, trust: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
+        """T, α, λ, ε and ρ at a trust; without proportions the trust is 0."""
+        trust = torch.as_tensor(trust).to(self.log_time)
+        logs = torch.stack([self.log_time, self.log_alpha, self.log_weight, self.log_epsilon])
+        time, alpha, weight, epsilon = (logs + self.trust_slopes[:4] * (TRUST_SCALE / (TRUST_SCALE + trust))).exp().unbind()
+        return time, alpha, weight, epsilon, trust * self.trust_slopes[4].exp()
 
     def forward(
         self,
@@ -99,7 +113,7 @@ class UnrolledRefinement(nn.Module):
         Args:
             confidence: :math:`q` on the simplex, shape ``[B, C, H, W]``.
             proportions: :math:`p`, shape ``[B, C]``; None leaves them free.
-            trust: ρ in (0, ∞].
+            trust: ρ in [0, ∞]; 0 leaves the proportions free.
             mass: tissue per pixel, shape ``[B, H, W]``, any scale; all ones by default.
             image: shape ``[B, image_channels, H, W]`` where the regularizer sees one.
             steps: another number of steps at the same step size (to look beyond the stopping time).
@@ -108,13 +122,15 @@ class UnrolledRefinement(nn.Module):
             The segmentation, differentiable in the parameters and in ``confidence``.
         """
         batch, classes, height, width = confidence.shape
+        if float(trust) == 0.0:
+            proportions = None
         if mass is None:
             mass = torch.ones(batch, height, width, dtype=confidence.dtype, device=confidence.device)
         tissue = (mass > 0).to(confidence.dtype)
         share = (mass / mass.sum(dim=(1, 2), keepdim=True)).view(batch, -1)
-        tau = self.log_time.exp() / self.steps
-        epsilon, alpha = self.log_epsilon.exp(), self.log_alpha.exp()
-        cost = -self.log_weight.exp() * torch.log(confidence + self.delta)
+        time, alpha, weight, epsilon, trust = self.scalars(0.0 if proportions is None else trust)
+        tau = time / self.steps
+        cost = -weight * torch.log(confidence + self.delta)
         psi: torch.Tensor | None = None
 
         def transport(scores: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def test_exact_proportions_are_a_constraint_and_a_raters_are_not():
         truth = batch["label"].mean(dim=(2, 3))
         if math.isinf(trust):
             torch.testing.assert_close(batch["proportions"], truth, atol=1e-3, rtol=0)
-    assert trusts == {math.inf, 3.0}
+    assert trusts == {math.inf, 3.0, 0.0}
 
 
 def test_targets_meet_the_proportions_of_their_image():

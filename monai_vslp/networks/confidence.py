@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from monai_vslp.networks.backbone import TokenBackbone
+from monai_vslp.networks.feature_cache import FeatureCache
 from monai_vslp.networks.heads import DenseHead, PatchHead
 from monai_vslp.utils.errors import InputError
 
@@ -100,9 +101,14 @@ class ConfidenceNet(nn.Module):
         head: ``dense`` (a softmax per token) or ``patch`` (a softmax per window).
         hidden: width of a hidden layer in the head; 0 for a linear one.
         dropout: dropout before the head.
-        window: edge of the windows in px, a multiple of the backbone's stride (of the coarsest block's, where they
-            differ); None to see the whole input at once.
+        window: edge of the windows in px of what the backbone sees, a multiple of its stride (of the coarsest block's, where
+            they differ); None to see the whole input at once.
+        magnifications: scales at which the backbone sees the input, None for 1 alone; features are put together on the grid
+            of the largest.
+            With 1 and 2 tokens are half as wide and know both the cells and their surroundings, at five times the cost of 1.
         freeze_backbone: train the head alone.
+        cache: folder where features of a frozen backbone are kept (:class:`~monai_vslp.networks.feature_cache.FeatureCache`);
+            None to compute them each time.
         mean, std: channel statistics the input is normalised with; None for those of the backbone.
         backbone_kwargs: further options of ``timm.create_model``.
 
@@ -122,7 +128,9 @@ class ConfidenceNet(nn.Module):
         hidden: int = 0,
         dropout: float = 0.0,
         window: int | None = 224,
+        magnifications: Sequence[float] | None = None,
         freeze_backbone: bool = False,
+        cache: str | Path | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
@@ -133,7 +141,16 @@ class ConfidenceNet(nn.Module):
         if head not in ("dense", "patch"):
             raise InputError(f"head must be one of dense, patch, got {head!r}.")
         self.backbone = TokenBackbone(backbone, blocks, weights, pretrained, **(backbone_kwargs or {}))
-        self.stride = self.backbone.stride
+        self.magnifications = tuple(sorted(float(scale) for scale in ((1,) if magnifications is None else magnifications)))
+        if not self.magnifications or self.magnifications[0] <= 0 or any(self.magnifications[-1] % scale for scale in self.magnifications):
+            raise InputError(
+                f"magnifications must be positive and each must divide the largest without rest, such as 1 and 2, got {list(self.magnifications)}."
+            )
+        if self.backbone.stride % self.magnifications[-1]:
+            raise InputError(
+                f"the largest magnification must divide the stride {self.backbone.stride} px of {backbone!r}, got {self.magnifications[-1]:g}."
+            )
+        self.stride = int(self.backbone.stride / self.magnifications[-1])
         unit = self.backbone.multiple
         if window is not None and (window <= 0 or window % unit):
             below = max(window // unit, 1) * unit
@@ -144,10 +161,10 @@ class ConfidenceNet(nn.Module):
         self.window = window
         self.num_classes = num_classes
         if head == "dense":
-            self.head: nn.Module = DenseHead(self.backbone.channels, num_classes, hidden, dropout)
+            self.head: nn.Module = DenseHead(self.backbone.channels * len(self.magnifications), num_classes, hidden, dropout)
         else:
             tokens = None if window is None else window // self.stride
-            self.head = PatchHead(self.backbone.channels, num_classes, hidden, dropout, tokens)
+            self.head = PatchHead(self.backbone.channels * len(self.magnifications), num_classes, hidden, dropout, tokens)
         self.freeze_backbone = freeze_backbone
         for name, values in (("mean", mean or self.backbone.mean), ("std", std or self.backbone.std)):
             if len(values) != 3:
@@ -155,6 +172,10 @@ class ConfidenceNet(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
         if freeze_backbone:
             self.backbone.requires_grad_(False)
+        elif cache is not None:
+            raise InputError("features are kept for a frozen backbone only: leave out cache, or freeze the backbone.")
+        self.cache = None if cache is None else Path(cache)
+        self._tokens: FeatureCache | None = None
 
     def train(self, mode: bool = True) -> ConfidenceNet:
         """As in torch, except that a frozen backbone stays in evaluation mode."""
@@ -174,30 +195,52 @@ class ConfidenceNet(nn.Module):
         """
         if x.ndim != 4 or x.shape[1] != 3:
             raise InputError(f"ConfidenceNet takes images of shape [B, 3, H, W], got {list(x.shape)}.")
-        height, width = x.shape[-2:]
-        unit = self.backbone.multiple
-        x = F.pad((x - self.mean) / self.std, (0, -width % unit, 0, -height % unit), mode="replicate")
+        size = [math.ceil(side / self.stride) for side in x.shape[-2:]]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            features = self._windowed(x)
-        return features[..., : math.ceil(height / self.stride), : math.ceil(width / self.stride)]
+            maps = [self._at_scale(x, scale)[..., : size[0], : size[1]] for scale in self.magnifications]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+
+    def _at_scale(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """Features of the magnified input on the grid of the largest scale, or a little more of it."""
+        if scale != 1.0:
+            # A whole number of px at this scale per token of the finest grid, so that grids line up to the last pixel.
+            unit = 1 if scale > 1 else round(1 / scale)
+            x = F.pad(x, (0, -x.shape[-1] % unit, 0, -x.shape[-2] % unit), mode="replicate")
+            target = [round(side * scale) for side in x.shape[-2:]]
+            x = F.interpolate(x, target, mode="bicubic", align_corners=False, antialias=scale < 1).clamp(0, 1)
+        unit = self.backbone.multiple
+        x = F.pad((x - self.mean) / self.std, (0, -x.shape[-1] % unit, 0, -x.shape[-2] % unit), mode="replicate")
+        features = self._windowed(x)
+        ratio = round(self.magnifications[-1] / scale)
+        if ratio == 1:
+            return features
+        return F.interpolate(features, scale_factor=ratio, mode="bilinear", align_corners=False)
+
+    def _backbone_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cache is None:
+            return self.backbone(x)
+        if self._tokens is None:  # not before weights are loaded: they name the entries
+            self._tokens = FeatureCache(self.cache, self.backbone, (self.backbone.blocks, self.backbone.norm))
+        return self._tokens(x)
 
     def _windowed(self, x: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = x.shape
         if self.window is None or (height <= self.window and width <= self.window):
-            return self.backbone(x)
+            return self._backbone_tokens(x)
         # An input narrower than a window is seen in windows of its own width.
         size = (min(self.window, height), min(self.window, width))
-        tops = _window_starts(height, size[0], self.stride)
-        lefts = _window_starts(width, size[1], self.stride)
+        tops = _window_starts(height, size[0], self.backbone.stride)
+        lefts = _window_starts(width, size[1], self.backbone.stride)
         places = [(top, left) for top in tops for left in lefts]
         windows = torch.cat([x[:, :, top : top + size[0], left : left + size[1]] for top, left in places])
-        maps = torch.cat([self.backbone(part) for part in windows.split(WINDOW_BATCH)]).split(batch)
-        total = x.new_zeros(batch, maps[0].shape[1], height // self.stride, width // self.stride)
+        maps = torch.cat([self._backbone_tokens(part) for part in windows.split(WINDOW_BATCH)]).split(batch)
+        stride = self.backbone.stride
+        total = x.new_zeros(batch, maps[0].shape[1], height // stride, width // stride)
         norm = x.new_zeros(total.shape[-2:])
         weight = _window_weight(*maps[0].shape[-2:]).to(x)
         for (top, left), features in zip(places, maps):
-            rows = slice(top // self.stride, top // self.stride + features.shape[2])
-            columns = slice(left // self.stride, left // self.stride + features.shape[3])
+            rows = slice(top // stride, top // stride + features.shape[2])
+            columns = slice(left // stride, left // stride + features.shape[3])
             total[:, :, rows, columns] += features * weight
             norm[rows, columns] += weight
         return total / norm

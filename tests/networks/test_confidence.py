@@ -227,3 +227,54 @@ def test_pooled_proportions():
     for shape in ((2, 1, 60, 80), (2, 1, 64, 75), (2, 1, 2, 5)):
         with pytest.raises(InputError, match="token_mass"):
             pool_proportions(q, torch.ones(shape))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(64, 64), (37, 53), (100, 150), (5, 200)])
+@torch.no_grad()
+def test_magnified_views_share_one_grid(family, size):
+    net = network(**family, magnifications=[1, 2])
+    alone = network(**family)
+    x = torch.rand(2, 3, *size)
+    features = net.features(x)
+    assert net.stride == alone.stride // 2
+    assert features.shape[1] == 2 * alone.backbone.channels
+    assert features.shape[-2:] == tuple(-(-side // net.stride) for side in size)
+    assert net(x).shape == (2, 3, *size)
+    # The part at magnification 1 is that of the network without magnification, brought to the finer grid.
+    net.backbone.load_state_dict(alone.backbone.state_dict())
+    coarse = F.interpolate(alone.features(x), scale_factor=2, mode="bilinear", align_corners=False)
+    height, width = (max(side - 2, 1) for side in features.shape[-2:])  # the last tokens are interpolated at the border
+    torch.testing.assert_close(net.features(x)[:, : alone.backbone.channels, :height, :width], coarse[..., :height, :width])
+
+
+@torch.no_grad()
+def test_magnified_tokens_lie_where_their_pixels_are():
+    net = network(magnifications=[0.5, 1, 2], window=None)
+    x = torch.full((1, 3, 64, 96), 0.5)
+    marked = x.clone()
+    marked[..., 24:32, 40:48] = 1.0  # one token of the finest grid
+    # Attention spreads a mark over all tokens; it is strongest in the token that holds it.
+    difference = (net.features(marked) - net.features(x)).square()[:, 2 * net.backbone.channels :].sum(dim=1)[0]
+    assert divmod(int(difference.argmax()), 12) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("magnifications", "message"), [([], "positive"), ([0, 1], "positive"), ([2, 3], "divide"), ([32], "stride")]
+)
+def test_impossible_magnifications(magnifications, message):
+    with pytest.raises(InputError, match=message):
+        network(magnifications=magnifications)
+
+
+@torch.no_grad()
+def test_cached_features_are_those_computed(tmp_path):
+    x = torch.rand(1, 3, 100, 70)
+    plain, first = network(magnifications=[1, 2]), network(magnifications=[1, 2], freeze_backbone=True, cache=tmp_path)
+    torch.testing.assert_close(first(x), plain(x), rtol=0, atol=5e-3)
+    entries = len(list(tmp_path.rglob("*.pt")))
+    again = network(magnifications=[1, 2], freeze_backbone=True, cache=tmp_path)
+    again.backbone.forward = None  # must not be called
+    assert entries > 0 and torch.equal(again(x), first(x))
+    with pytest.raises(InputError, match="frozen"):
+        network(cache=tmp_path)

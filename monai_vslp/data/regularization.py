@@ -154,8 +154,8 @@ class RegularizerBatches(Dataset):
     - *maps*: a synthetic label map, degraded by what was measured of the first stage; the target is the map.
 
     A third of the batches comes with the exact proportions of their targets as a constraint, a third with proportions as a
-    rater would have given them and a finite trust, a third without any, so that what is learned serves all three. Batch ``i`` of epoch ``e`` depends on
-    ``(seed, e, i)`` alone.
+    rater would have given them and a finite trust, a third without any, so that what is learned serves all three. Batch ``i``
+    of epoch ``e`` depends on ``(seed, e, i)`` alone.
 
     Args:
         stacks: confidences of the training images.
@@ -222,7 +222,8 @@ class RegularizerBatches(Dataset):
 
         Returns:
             ``image``: confidences ``[B, C, s, s]``; ``label``: targets, same shape; ``reference``: crisp label maps, same
-            shape; ``proportions`` ``[B, C]``; ``trust`` (0: do not use them); ``guide``: the image ``[B, 3, s, s]``; ``mass`` ``[B, s, s]``;
+            shape; ``proportions`` ``[B, C]``; ``trust`` (0: do not use them);
+            ``guide``: the image ``[B, 3, s, s]``; ``mass`` ``[B, s, s]``;
             ``from_maps``: whether the targets are label maps.
         """
         if not 0 <= index < self.length:

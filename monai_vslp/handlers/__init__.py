@@ -1,5 +1,6 @@
 """Handlers for ignite engines."""
 
+from monai_vslp.handlers.averaging import WeightAverage
 from monai_vslp.handlers.checkpoint import RunCheckpoint
 from monai_vslp.handlers.refinement import VariationalRefinementHandler
 from monai_vslp.handlers.regularizer import BatchEpoch, FilterConstraint, GradientLimit
@@ -16,4 +17,5 @@ __all__ = [
     "RunCheckpoint",
     "TrainingProgress",
     "VariationalRefinementHandler",
+    "WeightAverage",
 ]

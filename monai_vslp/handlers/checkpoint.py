@@ -11,6 +11,7 @@ import torch
 from monai.engines import Evaluator
 from monai.utils import optional_import
 
+from monai_vslp.handlers.averaging import WeightAverage
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError
 
@@ -36,6 +37,7 @@ class RunCheckpoint:
         optimizer: its optimizer.
         scheduler: learning-rate scheduler.
         evaluator: engine whose key metric chooses the best network; None to keep the last.
+        average: averaged weights, kept too, and written as ``model.pt`` instead of the last ones; None for none.
         settings: what must be equal for a checkpoint to be continued (table, classes, seed …), JSON-like.
     """
 
@@ -46,11 +48,12 @@ class RunCheckpoint:
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
         evaluator: Evaluator | None = None,
+        average: WeightAverage | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.network, self.optimizer, self.scheduler = network, optimizer, scheduler
-        self.evaluator = evaluator
+        self.evaluator, self.average = evaluator, average
         self.settings = dict(settings or {})
         self.history: list[dict[str, float]] = []
         self.best: float | None = None
@@ -83,6 +86,8 @@ class RunCheckpoint:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.history, self.best = state["history"], state["best"]
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         engine.logger.info(f"Continuing {self.path} after epoch {state['epoch']} of {engine.state.max_epochs}.")
@@ -109,10 +114,11 @@ class RunCheckpoint:
             self.best = metric
         network = self.network.state_dict()
         if improved:
-            self._write(network, self.folder / "model.pt")
+            self._write(network if self.average is None else self.average.averaged_state(), self.folder / "model.pt")
         self._write(
             {
                 "network": network,
+                "average": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "epoch": engine.state.epoch,

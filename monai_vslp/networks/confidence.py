@@ -141,15 +141,16 @@ class ConfidenceNet(nn.Module):
         if head not in ("dense", "patch"):
             raise InputError(f"head must be one of dense, patch, got {head!r}.")
         self.backbone = TokenBackbone(backbone, blocks, weights, pretrained, **(backbone_kwargs or {}))
-        self.magnifications = tuple(sorted(float(scale) for scale in ((1,) if magnifications is None else magnifications)))
-        if not self.magnifications or self.magnifications[0] <= 0 or any(self.magnifications[-1] % scale for scale in self.magnifications):
+        scales = sorted(float(scale) for scale in ([1.0] if magnifications is None else magnifications))
+        if not scales or scales[0] <= 0 or any(scales[-1] % scale for scale in scales):
             raise InputError(
-                f"magnifications must be positive and each must divide the largest without rest, such as 1 and 2, got {list(self.magnifications)}."
+                f"magnifications must be positive and each must divide the largest without rest, such as 1 and 2, got {scales}."
             )
-        if self.backbone.stride % self.magnifications[-1]:
+        if self.backbone.stride % scales[-1]:
             raise InputError(
-                f"the largest magnification must divide the stride {self.backbone.stride} px of {backbone!r}, got {self.magnifications[-1]:g}."
+                f"the largest magnification must divide the stride {self.backbone.stride} px of {backbone!r}, got {scales[-1]}."
             )
+        self.magnifications = tuple(scales)
         self.stride = int(self.backbone.stride / self.magnifications[-1])
         unit = self.backbone.multiple
         if window is not None and (window <= 0 or window % unit):

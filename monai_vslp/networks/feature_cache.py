@@ -21,9 +21,9 @@ class FeatureCache:
     """What a frozen backbone gives for a window, found again by the window's pixels.
 
     Entries are named by a digest of the backbone's weights and options and of the window, so that runs which differ in
-    heads, losses or seeds share them, and nothing stale is ever read. Values are rounded to half precision, whether
-    they were computed or read, so that a first and a second run agree to the last bit. Files are written atomically: processes may share
-    a folder, and it may be deleted at any time. A full disk costs time, not the run.
+    heads, losses or seeds share them, and nothing stale is ever read. Values are rounded to half precision, whether they were
+    computed or read, so that a first and a second run agree to the last bit. Files are written atomically: processes may
+    share a folder, and it may be deleted at any time. A full disk costs time, not the run.
 
     Args:
         folder: made if needed. A window of 224 px of a small ViT takes 0.2 MiB.

@@ -47,8 +47,8 @@ class UnrolledRefinement(nn.Module):
     The start is the transport step alone.
 
     The less proportions decide, the more the image and the regularizer have to: each scalar s of T, α, λ and ε is used as
-    :math:`s\,e^{\kappa_s\rho_0/(\rho_0+\rho)}` with :math:`\rho_0 = 3`, and ρ as :math:`\rho\,e^{\kappa_\rho}`, with learned κ, 0
-    at the start, so that one network serves constraints, estimates, and no proportions at all.
+    :math:`s\,e^{\kappa_s\rho_0/(\rho_0+\rho)}` with :math:`\rho_0 = 3`, and ρ as :math:`\rho\,e^{\kappa_\rho}`, with learned
+    κ, 0 at the start, so that one network serves constraints, estimates, and no proportions at all.
 
     Args:
         regularizer: :math:`R`; its energy is per pixel.

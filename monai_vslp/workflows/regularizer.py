@@ -17,7 +17,15 @@ __all__ = ["PUBLISHED", "REGULARIZER", "has_regularizer", "train_regularizer"]
 
 REGULARIZER = "regularizer"  # folder inside a run
 CONFIG = "train_regularizer.json"
-NETWORK = ("backbone", "backbone_kwargs", "blocks", "magnifications", "window", "mean", "std")  # of the first stage, as it was trained
+NETWORK = (
+    "backbone",
+    "backbone_kwargs",
+    "blocks",
+    "magnifications",
+    "window",
+    "mean",
+    "std",
+)  # of the first stage, as it was trained
 PUBLISHED: dict[str, Any] = {"features": 32, "macro_blocks": 3, "scales": 3, "steps": 10, "stopping_time": 5.0}
 
 

@@ -1,0 +1,88 @@
+"""An average of the weights along a training run: steadier than the last ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from monai.engines import Evaluator
+from monai.utils import optional_import
+
+from monai_vslp.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+
+Events, _ = optional_import("ignite.engine", name="Events")
+
+__all__ = ["WeightAverage"]
+
+
+class WeightAverage:
+    r"""Exponential moving average of the weights of a network.
+
+    .. math::
+        \bar\theta_n = d_n\bar\theta_{n-1} + (1 - d_n)\theta_n, \qquad d_n = \min\bigl(d, \tfrac{1 + n}{10 + n}\bigr),
+
+    after each step n, so that the first steps are soon forgotten. Buffers and frozen weights stay as they are. An evaluator
+    sees the averaged weights, training goes on with its own; :class:`~monai_vslp.handlers.RunCheckpoint` keeps both and
+    writes the average as the result.
+
+    Args:
+        network: the network trained.
+        decay: :math:`d` in [0, 1); 0 leaves the weights as they are.
+        evaluator: engine that is to see the average; None for none.
+    """
+
+    def __init__(self, network: torch.nn.Module, decay: float = 0.97, evaluator: Evaluator | None = None) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"the decay of an average is in [0, 1), got {decay}.")
+        self.network, self.decay, self.evaluator = network, decay, evaluator
+        self.steps = 0
+        self._trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
+        self.average = {name: value.detach().clone() for name, value in self._trained.items()}
+        self._own: dict[str, torch.Tensor] | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer, before the handler that validates."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.STARTED, self._show)
+            self.evaluator.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED | Events.INTERRUPT, self._hide)
+
+    @torch.no_grad()
+    def update(self, engine: Engine | None = None) -> None:
+        """Take the present weights into the average."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in self._trained.items():
+            self.average[name].lerp_(value, 1.0 - decay)
+
+    @torch.no_grad()
+    def _show(self, engine: Engine) -> None:
+        self._own = {name: value.detach().clone() for name, value in self._trained.items()}
+        for name, value in self._trained.items():
+            value.copy_(self.average[name])
+
+    @torch.no_grad()
+    def _hide(self, engine: Engine, *args: BaseException) -> None:
+        if self._own is not None:
+            for name, value in self._trained.items():
+                value.copy_(self._own[name])
+        self._own = None
+        for error in args:  # ignite leaves it to the handlers of an exception to raise it again
+            raise error
+
+    def averaged_state(self) -> dict[str, torch.Tensor]:
+        """State dict of the network with its averaged weights."""
+        return {name: self.average.get(name, value) for name, value in self.network.state_dict().items()}
+
+    def state_dict(self) -> dict[str, object]:
+        """What a checkpoint keeps."""
+        return {"steps": self.steps, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        self.steps = int(state["steps"])
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])

@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=int, metavar="N", help="passes over the images")
     train.add_argument("--mpp", type=float, metavar="X", help="µm/px of the images, needed to segment slides")
     train.add_argument("--finetune", action="store_true", help="train the backbone too, not the head alone")
+    train.add_argument("--rounds", type=int, metavar="N", help="rounds of self-training at most (default: 1)")
+    train.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep features of frozen backbones for other runs")
     train.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
     train.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
 
@@ -136,6 +138,8 @@ def _run(options: argparse.Namespace) -> int:
             epochs=options.epochs,
             mpp=options.mpp,
             finetune=options.finetune,
+            rounds=options.rounds,
+            feature_cache=options.feature_cache,
             restart=options.restart,
             tracking_uri=options.tracking_uri,
             progress=progress,

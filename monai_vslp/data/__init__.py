@@ -2,6 +2,7 @@
 
 from monai_vslp.data.bags import (
     FeatureBagDataset,
+    bag_keys,
     collate_bags,
     fingerprint,
     predicted_and_given,
@@ -18,13 +19,17 @@ from monai_vslp.data.regularization import (
     prepare_refinement,
     stack_keys,
 )
+from monai_vslp.data.self_training import PseudoLabelTokens, prepare_tokens
 
 __all__ = [
     "Cohort",
     "ConfidenceStacks",
     "FeatureBagDataset",
+    "bag_keys",
     "HeldOutMaps",
     "ProportionLabel",
+    "PseudoLabelTokens",
+    "prepare_tokens",
     "Record",
     "RegularizerBatches",
     "check_images",

@@ -13,11 +13,16 @@ import torch.nn.functional as F
 from monai.utils import CommonKeys, optional_import
 from torch.utils.data import Dataset
 
+from monai_vslp.utils.atomic import atomic_path
+from monai_vslp.utils.digest import state_digest
+from monai_vslp.utils.errors import InputError
+
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
 __all__ = [
     "FEATURES",
     "FeatureBagDataset",
+    "bag_keys",
     "collate_bags",
     "fingerprint",
     "pad_to_multiple",
@@ -55,7 +60,8 @@ def _mass_of(item: Mapping[str, Any]) -> torch.Tensor:
 class FeatureBagDataset(Dataset):
     """Bags whose frozen features were computed once, for several views that are mapped back to the image's grid.
 
-    The head sees the same tissue under other orientations and stains without running the backbone again.
+    The head sees the same tissue under other orientations and stains without running the backbone again. With a folder the
+    features lie on disk, and are mapped into memory as they are used: cohorts may be larger than memory.
 
     Args:
         bags: items with ``image`` ``[3, H, W]`` float in [0, 1], ``proportions`` ``[C]`` and optionally ``mass``
@@ -63,6 +69,8 @@ class FeatureBagDataset(Dataset):
         network: a network with ``features(x) -> [B, F, h, w]`` and ``stride`` (px per token).
         views: symmetries and stain changes, see :mod:`monai_vslp.networks.tta`; the first should be the identity.
         device: where features are computed; they are kept on the CPU in float16.
+        cache: folder for one file per bag, made if needed; files of an earlier run are used again. None for memory.
+        keys: name per bag, see :func:`bag_keys`; needed with ``cache``.
         progress: show a progress bar.
     """
 
@@ -73,28 +81,59 @@ class FeatureBagDataset(Dataset):
         views: Sequence[Any],
         device: torch.device | str = "cpu",
         progress: bool = True,
+        cache: str | Path | None = None,
+        keys: Sequence[str] | None = None,
     ) -> None:
+        if cache is not None and (keys is None or len(keys) != len(bags)):
+            found = None if keys is None else len(keys)
+            raise InputError(f"features kept on disk need one key per bag, {len(bags)}, got {found}.")
         self.items: list[dict[str, Any]] = []
         network = network.to(device).eval()
         for index in tqdm(range(len(bags)), desc="features", unit="image", disable=not progress):
+            path = None if cache is None else Path(cache) / f"{keys[index]}.pt"
+            if path is not None and path.exists():
+                self.items.append(torch.load(path, mmap=True, weights_only=True))
+                continue
             item = bags[index]
             image, mass = pad_to_multiple(torch.as_tensor(item[CommonKeys.IMAGE]), _mass_of(item), network.stride)
             batch = image[None].to(device)
             with torch.inference_mode():
                 maps = [view(batch, network.features)[0].half().cpu() for view in views]
-            self.items.append(
-                {
-                    FEATURES: torch.stack(maps).clone(),
-                    "mass": F.avg_pool2d(mass[None], network.stride)[0],
-                    "proportions": torch.as_tensor(item["proportions"], dtype=torch.float32),
-                }
-            )
+            entry = {
+                FEATURES: torch.stack(maps).clone(),
+                "mass": F.avg_pool2d(mass[None], network.stride)[0].clone(),
+                "proportions": torch.as_tensor(item["proportions"], dtype=torch.float32).clone(),
+            }
+            if path is not None:
+                with atomic_path(path) as temporary:
+                    torch.save(entry, temporary)
+                entry = torch.load(path, mmap=True, weights_only=True)
+            self.items.append(entry)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.items[index]
+
+
+def bag_keys(datalist: Sequence[Mapping[str, Any]], network: torch.nn.Module, views: str) -> list[str]:
+    """Names of bags on disk: they change with the image, its proportions, the network's features and the views.
+
+    Args:
+        datalist: items with ``image`` (a path) and ``proportions``.
+        network: as its features are computed, with weights.
+        views: says which views.
+    """
+    features = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
+    options = (views, getattr(network, "window", None), getattr(network, "magnifications", None))
+    base = state_digest(features, options)
+    keys = []
+    for item in datalist:
+        image = Path(item[CommonKeys.IMAGE])
+        known = (base, str(image.absolute()), image.stat().st_mtime_ns, [float(p) for p in item["proportions"]])
+        keys.append(f"{image.stem}-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}")
+    return keys
 
 
 def collate_bags(items: Sequence[Mapping[str, Any]], stride: int = 1) -> dict[str, torch.Tensor]:

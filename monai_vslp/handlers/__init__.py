@@ -2,6 +2,7 @@
 
 from monai_vslp.handlers.averaging import WeightAverage
 from monai_vslp.handlers.checkpoint import RunCheckpoint
+from monai_vslp.handlers.full_batch import FullBatchUpdate
 from monai_vslp.handlers.refinement import VariationalRefinementHandler
 from monai_vslp.handlers.regularizer import BatchEpoch, FilterConstraint, GradientLimit
 from monai_vslp.handlers.tracking import MLflowTracker
@@ -11,6 +12,7 @@ __all__ = [
     "BatchEpoch",
     "EpochSeed",
     "FilterConstraint",
+    "FullBatchUpdate",
     "GradientLimit",
     "ItemProgress",
     "MLflowTracker",

@@ -13,7 +13,7 @@ from torch import nn
 
 from monai_vslp.networks.backbone import TokenBackbone
 from monai_vslp.networks.feature_cache import FeatureCache
-from monai_vslp.networks.heads import DenseHead, PatchHead
+from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
 from monai_vslp.utils.errors import InputError
 
 __all__ = ["ConfidenceNet", "pool_proportions", "token_mass"]
@@ -98,8 +98,12 @@ class ConfidenceNet(nn.Module):
         blocks: which of its blocks to use; None for middle ones.
         weights: local weights of the backbone.
         pretrained: let timm fetch weights.
-        head: ``dense`` (a softmax per token) or ``patch`` (a softmax per window).
-        hidden: width of a hidden layer in the head; 0 for a linear one.
+        rank: how many principal components of the features the head sees
+            (:func:`~monai_vslp.networks.projection.fit_projection`); all where there are
+            fewer; None for the features themselves.
+        head: ``dense`` (a softmax per token), ``patch`` (a softmax per window), or ``additive`` (``dense`` and linear, plus a
+            correction by a hidden layer that is 0 at the start).
+        hidden: width of a hidden layer in the head; 0 for a linear one; of the correction of an additive head.
         dropout: dropout before the head.
         window: edge of the windows in px of what the backbone sees, a multiple of its stride (of the coarsest block's, where
             they differ); None to see the whole input at once.
@@ -124,6 +128,7 @@ class ConfidenceNet(nn.Module):
         blocks: Sequence[int] | None = None,
         weights: str | Path | None = None,
         pretrained: bool = False,
+        rank: int | None = None,
         head: str = "dense",
         hidden: int = 0,
         dropout: float = 0.0,
@@ -138,8 +143,8 @@ class ConfidenceNet(nn.Module):
         super().__init__()
         if in_channels != 3:
             raise InputError(f"ConfidenceNet takes RGB images (3 channels), got in_channels = {in_channels}.")
-        if head not in ("dense", "patch"):
-            raise InputError(f"head must be one of dense, patch, got {head!r}.")
+        if head not in ("dense", "patch", "additive"):
+            raise InputError(f"head must be one of dense, patch, additive, got {head!r}.")
         self.backbone = TokenBackbone(backbone, blocks, weights, pretrained, **(backbone_kwargs or {}))
         scales = sorted(float(scale) for scale in ([1.0] if magnifications is None else magnifications))
         if not scales or scales[0] <= 0 or any(scales[-1] % scale for scale in scales):
@@ -161,11 +166,20 @@ class ConfidenceNet(nn.Module):
             )
         self.window = window
         self.num_classes = num_classes
+        channels = self.backbone.channels * len(self.magnifications)
+        self.projection: nn.Conv2d | None = None
+        if rank is not None:
+            if rank < 1:
+                raise InputError(f"rank must be at least 1, got {rank}.")
+            self.projection = nn.Conv2d(channels, min(rank, channels), 1).requires_grad_(False)
+            channels = min(rank, channels)
         if head == "dense":
-            self.head: nn.Module = DenseHead(self.backbone.channels * len(self.magnifications), num_classes, hidden, dropout)
+            self.head: nn.Module = DenseHead(channels, num_classes, hidden, dropout)
+        elif head == "additive":
+            self.head = AdditiveHead(channels, num_classes, hidden or channels, dropout)
         else:
             tokens = None if window is None else window // self.stride
-            self.head = PatchHead(self.backbone.channels * len(self.magnifications), num_classes, hidden, dropout, tokens)
+            self.head = PatchHead(channels, num_classes, hidden, dropout, tokens)
         self.freeze_backbone = freeze_backbone
         for name, values in (("mean", mean or self.backbone.mean), ("std", std or self.backbone.std)):
             if len(values) != 3:
@@ -186,7 +200,7 @@ class ConfidenceNet(nn.Module):
         return self
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Token features.
+        """What the head sees: token features, or their principal components.
 
         Args:
             x: RGB images, shape ``[B, 3, H, W]``, float in [0, 1], any size.
@@ -194,6 +208,15 @@ class ConfidenceNet(nn.Module):
         Returns:
             Shape ``[B, F, ceil(H / stride), ceil(W / stride)]``; without gradient where the backbone is frozen.
         """
+        features = self.raw_features(x)
+        return features if self.projection is None else self.projection(features)
+
+    def tokens_of_mass(self, mass: torch.Tensor) -> torch.Tensor:
+        """Tissue of pixels ``[B, 1, H, W]`` on the grid of :meth:`features`."""
+        return token_mass(mass, self.stride)
+
+    def raw_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Token features before any projection, as :meth:`features`."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise InputError(f"ConfidenceNet takes images of shape [B, 3, H, W], got {list(x.shape)}.")
         size = [math.ceil(side / self.stride) for side in x.shape[-2:]]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from monai_vslp.utils.atomic import atomic_path
+from monai_vslp.utils.digest import state_digest
 
 __all__ = ["FeatureCache"]
 
@@ -33,11 +34,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, backbone: nn.Module, options: object = None) -> None:
         self.folder, self.backbone = Path(folder), backbone
-        digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
-        for name, value in backbone.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        self._prefix = digest.digest()
+        self._prefix = state_digest(backbone.state_dict(), options).encode()
         self._writes = True
 
     def _path(self, window: torch.Tensor) -> Path:

@@ -10,7 +10,7 @@ from torch import nn
 
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["DenseHead", "PatchHead"]
+__all__ = ["AdditiveHead", "DenseHead", "PatchHead"]
 
 
 class DenseHead(nn.Sequential):
@@ -38,6 +38,41 @@ class DenseHead(nn.Sequential):
         if hidden:
             layers += [nn.GELU(), nn.Conv2d(hidden, num_classes, 1)]
         super().__init__(*layers)
+
+
+class AdditiveHead(nn.Module):
+    r"""Linear class logits per token plus a correction,
+
+    .. math:: z = W x + b + B\,\mathrm{GELU}(A x + a),
+
+    with :math:`W = 0`, :math:`b = 0` and :math:`B = 0` at the start, which says nothing about any class. Fitted as a linear
+    head, it can learn the correction later from a teacher's maps.
+
+    Args:
+        channels: feature channels.
+        num_classes: classes.
+        hidden: rows of :math:`A`.
+        dropout: share of hidden values dropped in training.
+    """
+
+    def __init__(self, channels: int, num_classes: int, hidden: int = 128, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(channels, num_classes, 1)
+        self.correction = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Dropout(dropout), nn.Conv2d(hidden, num_classes, 1, bias=False)
+        )
+        for weight in (self.linear.weight, self.linear.bias, self.correction[-1].weight):
+            nn.init.zeros_(weight)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features: shape ``[B, F, h, w]``.
+
+        Returns:
+            Logits ``[B, C, h, w]``.
+        """
+        return self.linear(features) + self.correction(features)
 
 
 class PatchHead(DenseHead):

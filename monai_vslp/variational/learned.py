@@ -142,7 +142,7 @@ class LearnedRefinement:
             psi = torch.full((classes,), math.nan, dtype=torch.float64)
         fidelity = AssignmentFidelity(assignment_cost(q.reshape(classes, -1), self.model.delta), a, epsilon)
         tissue = (mass > 0).to(q)
-        alpha = float(self.model.scalars(0.0 if p is None else trust)[1])
+        alpha = float(self.model.scalars(0.0 if p is None else trust)[1].detach())
         regularization = alpha * _restored(r[None].to(q), (share > 0).to(q), factor, (height, width))[0] * tissue
         steps = self.model.steps
         return RefinementResult(

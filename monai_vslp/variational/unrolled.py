@@ -16,6 +16,7 @@ __all__ = ["UnrolledRefinement", "UnrolledResult"]
 
 LOG_FLOOR = -30.0  # log u is held above it: in float32 e^-30 is 0 beside 1, and differences stay finite
 TRUST_SCALE = 3.0  # ρ at which learned scalars are halfway between those of a constraint and those without proportions
+SLOPES = ("T", "alpha", "lambda", "epsilon", "rho")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class UnrolledRefinement(nn.Module):
             "alpha": float(self.log_alpha.detach().exp()),
             "lambda": float(self.log_weight.detach().exp()),
             "epsilon": float(self.log_epsilon.detach().exp()),
-            **{f"slope of {name}": float(k) for name, k in zip(("T", "alpha", "lambda", "epsilon", "rho"), self.trust_slopes)},
+            **{f"slope of {name}": k for name, k in zip(SLOPES, self.trust_slopes.tolist())},
         }
 
     def scalars(self, trust: torch.Tensor | float) -> tuple[torch.Tensor, ...]:

@@ -19,7 +19,7 @@ from monai_vslp.utils.errors import InputError
 __all__ = ["BUNDLE", "create_run", "read_config", "run_config", "template"]
 
 BUNDLE = "pathology_tissue_proportion_segmentation"
-CONFIGS = ("train.json", "train_regularizer.json", "inference.json", "slide_inference.json", "evaluate.json")
+CONFIGS = ("train.json", "train_head.json", "self_training.json", "train_regularizer.json", "inference.json", "slide_inference.json", "evaluate.json")
 
 
 def template() -> Path:
@@ -80,20 +80,21 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def run_config(run: Path, name: str, **overrides: Any) -> Any:
-    """Run one config of a bundle folder as ``python -m monai.bundle run`` does, in this process.
+def run_config(run: Path, name: str | Sequence[str], **overrides: Any) -> Any:
+    """Run a config of a bundle folder, or one with overlays, as ``python -m monai.bundle run`` does, in this process.
 
     Raises:
         InputError, OSError: as the parts raised them, without MONAI's wrapping.
     """
     for noisy in ("ignite.engine.engine", "monai.bundle.workflows"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # they report what is raised anyway, and a choice made here
+    names = [name] if isinstance(name, str) else list(name)
     try:
         workflow = ConfigWorkflow(
-            config_file=str(run / "configs" / name),
+            config_file=[str(run / "configs" / one) for one in names],
             meta_file=str(run / "configs" / "metadata.json"),
             logging_file=False,
-            workflow_type="train" if name.startswith("train") else "inference",
+            workflow_type="inference" if names[0].startswith(("inference", "slide", "evaluate")) else "train",
             bundle_root=str(run),
             **overrides,
         )

@@ -22,6 +22,9 @@ NETWORK = (
     "backbone_kwargs",
     "blocks",
     "magnifications",
+    "rank",
+    "head",
+    "hidden",
     "window",
     "mean",
     "std",
@@ -91,7 +94,7 @@ def train_regularizer(
     if restart and folder.exists():
         shutil.rmtree(folder)
     config = read_config(template(), CONFIG)
-    values = {key: inference[key] for key in NETWORK} | {
+    values = {key: inference[key] for key in NETWORK if key in inference} | {
         "table": str(table.absolute()),
         "dataset_dir": str(images.absolute()),
         "classes": list(cohort.classes),

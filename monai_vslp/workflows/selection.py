@@ -173,7 +173,7 @@ def choose(
     datalist = [item for item in datalist if "proportions" in item]
     if not datalist:
         raise InputError(f"table {table or trained['table']} has no row with proportions to choose by.")
-    network = ConfidenceNet(len(cohort.classes), **{key: inference[key] for key in NETWORK})
+    network = ConfidenceNet(len(cohort.classes), **{key: inference[key] for key in NETWORK if key in inference})
     network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     load = Compose([LoadTissueImaged(keys="image")])
     cell = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from monai_vslp.data.cohort import read_cohort
 from monai_vslp.data.images import check_images
 from monai_vslp.networks.backbone import load_weights
+from monai_vslp.utils.atomic import atomic_path
 from monai_vslp.utils.errors import InputError
-from monai_vslp.workflows.bundle import create_run, run_config
+from monai_vslp.workflows.bundle import create_run, read_config, run_config
 
 __all__ = ["FROM_SCRATCH", "train"]
 
@@ -31,7 +33,24 @@ FROM_SCRATCH: dict[str, Any] = {
     "mean": [0.7, 0.55, 0.7],
     "std": [0.2, 0.2, 0.2],
 }
+# Of a frozen backbone a head is fitted: linear on principal components, then corrected by what its refined maps teach.
+FROZEN: dict[str, Any] = {
+    "freeze_backbone": True,
+    "cache_features": True,
+    "magnifications": [1, 2],
+    "training_views": 3,
+    "rank": 256,
+    "head": "additive",
+    "hidden": 128,
+    "epochs": 12,
+    "learning_rate": 1.0,
+    "weight_decay": 0.0,
+    "entropy_weight": 0.1,
+    "consistency_weight": 0.0,
+    "average_decay": 0.0,
+}
 DEFAULT_BACKBONE = "vit_tiny_patch16_224"
+ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
 ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
 
 
@@ -59,6 +78,8 @@ def train(
     epochs: int | None = None,
     mpp: float | None = None,
     finetune: bool = False,
+    rounds: int | None = None,
+    feature_cache: str | Path | None = None,
     restart: bool = False,
     tracking_uri: str | None = None,
     progress: bool = True,
@@ -66,9 +87,11 @@ def train(
 ) -> Path:
     """Train on the rows of split ``train``, watch those of ``val``, and leave a usable bundle folder.
 
-    With weights the backbone is frozen, its features are cached and a head is trained; ``finetune`` trains all of it.
-    Without weights and backbone a small transformer is trained from scratch. Interrupted runs continue with the same
-    command.
+    With weights the backbone is frozen, its features are kept, and a head is fitted to the proportions of all images together;
+    rounds of self-training follow, in which a more flexible head learns the maps that the first one and the proportions
+    agree on. A round counts only if the proportions of held-out images (split ``val``) are met better after it.
+    ``finetune`` trains the backbone too. Without weights and backbone a small transformer is trained from scratch.
+    Interrupted runs continue with the same command.
 
     Args:
         table: ``image,split,patient,<one column per class>``; see :func:`monai_vslp.data.read_cohort`.
@@ -80,6 +103,8 @@ def train(
         epochs: passes over the bags; None for the default.
         mpp: µm/px of the images, needed for slides; None takes the table's column ``mpp``.
         finetune: train the backbone too.
+        rounds: of self-training at most, with a frozen backbone and images of split ``val``; None for 1.
+        feature_cache: folder where features of frozen backbones are kept for other runs too; None to keep none.
         restart: throw away an earlier run in ``output``.
         tracking_uri: MLflow server or store; SQLite in ``output`` by default.
         progress: show progress bars.
@@ -98,6 +123,8 @@ def train(
         raise InputError(f"table {table} has no rows of split 'train'.")
     if len(cohort.classes) < 2:
         raise InputError(f"table {table} has the one class {cohort.classes[0]!r}; give at least two columns of proportions.")
+    if rounds is not None and rounds < 0:
+        raise InputError(f"rounds of self-training must be at least 0, got {rounds}.")
     if weights is not None:
         load_weights(weights)  # a damaged file is found before the images are read
     if (run / "configs").exists() and restart:
@@ -109,15 +136,13 @@ def train(
     scale = _mpp(cohort, mpp)
     if scale is None:
         logger.warning("No µm/px known for the images (--mpp or a column mpp): slides will be read at %g µm/px.", ASSUMED_MPP)
+    frozen = weights is not None and not finetune
     values: dict[str, Any] = dict(FROM_SCRATCH) if weights is None and backbone is None else {}
     if backbone is not None or weights is not None:
-        frozen = weights is not None and not finetune
         values = {
             "backbone": backbone or DEFAULT_BACKBONE,
             "weights": None if weights is None else str(Path(weights).absolute()),
-            "freeze_backbone": frozen,
-            "cache_features": frozen,
-            "learning_rate": 3e-3 if frozen else 1e-4,
+            **(FROZEN if frozen else {"freeze_backbone": False, "cache_features": False, "learning_rate": 1e-4}),
         }
     values |= {
         "table": str(Path(table).absolute()),
@@ -125,10 +150,49 @@ def train(
         "classes": list(cohort.classes),
         "seed": seed,
         "tracking_uri": tracking_uri,
+        "feature_cache": None if feature_cache is None else str(Path(feature_cache).absolute()),
         "mpp": scale if scale is not None else ASSUMED_MPP,
         **({} if epochs is None else {"epochs": epochs}),
         **overrides,
     }
+    if rounds is not None:
+        values["rounds"] = rounds
     create_run(run, values, cohort.classes)
-    run_config(run, "train.json", progress=progress)
+    if not frozen:
+        run_config(run, "train.json", progress=progress)
+        return run
+    if not (run / "models" / ROUND.format(0) / "model.pt").is_file():
+        run_config(run, ["train.json", "train_head.json"], progress=progress)
+    _self_training(run, len(cohort.split("val")) > 0, progress)
+    shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all rounds, and may be large
     return run
+
+
+def _self_training(run: Path, held_out: bool, progress: bool) -> None:
+    """Rounds of self-training until held-out proportions are met no better; ``models/model.pt`` is the best network."""
+    models = run / "models"
+    rounds = read_config(run, "self_training.json")["rounds"]
+    first = models / ROUND.format(0)
+    if not (first / "model.pt").is_file():
+        for name in ("history.json", "model.pt"):
+            with atomic_path(first / name) as temporary:
+                shutil.copyfile(models / name, temporary)
+    if rounds and not held_out:
+        logger.warning("No images of split 'val': rounds of self-training could not be judged, and are left out.")
+        return
+    error = _best_error(first)
+    for number in range(1, rounds + 1):
+        folder = models / ROUND.format(number)
+        run_config(run, "self_training.json", round=number, progress=progress)
+        found = _best_error(folder)
+        logger.info("Round %d: mean error of held-out proportions %.4f, before %.4f.", number, found, error)
+        if found >= error:
+            return
+        error = found
+        with atomic_path(models / "model.pt") as temporary:
+            shutil.copyfile(folder / "model.pt", temporary)
+
+
+def _best_error(folder: Path) -> float:
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    return min(entry["proportion_error"] for entry in history)

@@ -1,0 +1,136 @@
+import json
+import shutil
+
+import pytest
+import torch
+from cases import write_two_class_cohort
+from safetensors.torch import save_file
+
+from monai_vslp.data import bags as bags_module
+from monai_vslp.utils.errors import InputError
+from monai_vslp.utils.timm import import_timm
+from monai_vslp.workflows import segment, train
+from monai_vslp.workflows import train as train_workflow
+from monai_vslp.workflows.bundle import read_config
+
+SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+OPTIONS = {"backbone_kwargs": SMALL, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8, "epochs": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_two_class_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    torch.manual_seed(0)
+    model = import_timm().create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(model.state_dict(), str(path))
+    return path
+
+
+def run(cohort, local, output, **options):
+    return train(cohort, cohort.parent / "images", output, weights=local, **{**OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def finished(cohort, local, tmp_path_factory):
+    return run(cohort, local, tmp_path_factory.mktemp("runs") / "run")
+
+
+def state(folder, name="model.pt"):
+    return torch.load(folder / "models" / name, weights_only=True)
+
+
+def errors(folder):
+    return [entry["proportion_error"] for entry in json.loads(folder.read_text())]
+
+
+def test_fit_round_and_gate(finished):
+    models = finished / "models"
+    first, second = errors(models / "round0" / "history.json"), errors(models / "round1" / "history.json")
+    better = min(second) < min(first)
+    kept = torch.load(models / ("round1" if better else "round0") / "model.pt", weights_only=True)
+    found = state(finished)
+    assert all(torch.equal(found[key], kept[key]) for key in kept)
+    # The fit leaves the correction at zero, the round changes it.
+    assert float(state(finished, "round0/model.pt")["head.correction.3.weight"].abs().max()) == 0.0
+    assert float(state(finished, "round1/model.pt")["head.correction.3.weight"].abs().max()) > 0.0
+    assert not (models / "bags").exists()
+    assert read_config(finished, "inference.json")["magnifications"] == [1, 2]
+
+
+def test_what_it_left_segments(cohort, finished, tmp_path):
+    image = sorted((cohort.parent / "images").glob("*.png"))[0]
+    assert segment([image], finished, tmp_path / "out", proportions=cohort, progress=False) == {}
+    assert (tmp_path / "out" / image.stem / "labels.tif").is_file()
+
+
+def test_no_seed_changes_the_fit_without_jitter(cohort, local, finished, tmp_path):
+    one = run(cohort, local, tmp_path / "a", rounds=0, training_views=1)
+    two = run(cohort, local, tmp_path / "b", rounds=0, training_views=1)
+    first, second = state(one), state(two)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_interrupted_anywhere_it_ends_the_same(cohort, local, finished, tmp_path, monkeypatch):
+    target = tmp_path / "run"
+    calls = {"n": 0}
+    original = bags_module.torch.save
+
+    def dying(value, path, *arguments, **options):
+        calls["n"] += 1
+        if calls["n"] == 4:
+            raise KeyboardInterrupt
+        return original(value, path, *arguments, **options)
+
+    monkeypatch.setattr(bags_module.torch, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(cohort, local, target)
+    monkeypatch.undo()
+    kept = len(list((target / "models" / "bags").glob("*.pt")))
+    assert kept == 3
+    run(cohort, local, target)
+    # And once more in the round of self-training, after its first epoch.
+    other = tmp_path / "other"
+    shutil.copytree(target, other)
+    expected, found = state(finished), state(target)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_worse_round_is_not_taken(cohort, local, tmp_path, monkeypatch):
+    original = train_workflow.__globals__["_best_error"]
+    monkeypatch.setitem(
+        train_workflow.__globals__, "_best_error", lambda folder: original(folder) + (1.0 if folder.name == "round1" else 0.0)
+    )
+    target = run(cohort, local, tmp_path / "run")
+    first, kept = state(target, "round0/model.pt"), state(target)
+    assert all(torch.equal(first[key], kept[key]) for key in first)
+
+
+def test_without_held_out_images_there_is_no_round(cohort, local, tmp_path, caplog):
+    folder = tmp_path / "cohort"
+    shutil.copytree(cohort.parent, folder)
+    table = folder / cohort.name
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(line for line in lines if ",val," not in line) + "\n")
+    target = run(table, local, tmp_path / "run")
+    assert "could not be judged" in caplog.text and not (target / "models" / "round1").exists()
+
+
+def test_features_are_shared_between_runs(cohort, local, tmp_path):
+    run(cohort, local, tmp_path / "a", rounds=0, feature_cache=tmp_path / "features")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.pt")}
+    run(cohort, local, tmp_path / "b", rounds=0, feature_cache=tmp_path / "features")
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.pt")}
+    assert before and before == after
+
+
+def test_impossible_options(cohort, local, tmp_path):
+    with pytest.raises(InputError, match="rank"):
+        run(cohort, local, tmp_path / "a", rank=0)
+    with pytest.raises(InputError, match="rounds"):
+        run(cohort, local, tmp_path / "b", rounds=-1)

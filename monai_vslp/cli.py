@@ -78,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     regularizer.add_argument("--restart", action="store_true", help="throw away an earlier regularizer in RUN")
     regularizer.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
 
+    pretrain = commands.add_parser("pretrain", help="learn a backbone from images without labels, for 'train --weights'")
+    pretrain.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="images, slides, or folders of them")
+    pretrain.add_argument("--output", type=Path, required=True, metavar="RUN", help="folder to write or continue")
+    pretrain.add_argument("--backbone", metavar="NAME", help="vision transformer of timm (default: vit_tiny_patch16_224)")
+    pretrain.add_argument("--weights", type=Path, metavar="FILE", help="local weights to start from")
+    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument("--epochs", type=int, metavar="N", help="passes (default: 100)")
+    pretrain.add_argument("--tile", type=int, metavar="PX", help="edge of the tiles (default: 224)")
+    pretrain.add_argument("--batch-size", type=int, metavar="N", help="tiles per step (default: 64)")
+    pretrain.add_argument("--mpp", type=float, metavar="X", help="µm/px at which slides are read (default: 0.5)")
+    pretrain.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
+    pretrain.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
+
     choose = commands.add_parser("choose", help="choose strength and trust by held-out proportions, without masks")
     choose.add_argument("model", type=Path, metavar="RUN", help="bundle folder of 'train'")
     choose.add_argument("--table", type=Path, metavar="TABLE", help="proportions (default: the table of 'train')")
@@ -160,6 +173,23 @@ def _run(options: argparse.Namespace) -> int:
             progress=progress,
         )
         print(f"Learned: {folder}. 'monai-vslp segment INPUT --model {options.model} --output OUT' uses it.")
+    elif options.command == "pretrain":
+        learned = workflows.pretrain(
+            options.images,
+            options.output,
+            backbone=options.backbone,
+            weights=options.weights,
+            seed=options.seed,
+            epochs=options.epochs,
+            tile=options.tile,
+            batch_size=options.batch_size,
+            restart=options.restart,
+            tracking_uri=options.tracking_uri,
+            progress=progress,
+            **({} if options.mpp is None else {"mpp": options.mpp}),
+        )
+        name = f" --backbone {options.backbone}" if options.backbone else ""
+        print(f"Learned: {learned}. Use it with: monai-vslp train TABLE --images DIR --output RUN --weights {learned}{name}")
     elif options.command == "choose":
         for name, choice in workflows.choose(options.model, options.table, options.images, progress=progress).items():
             print(f"--{name} {choice}")

@@ -3,6 +3,7 @@
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
 from monai_vslp.workflows.pictures import ConfidencePicture, picture_regularizer
+from monai_vslp.workflows.pretrain import pretrain
 from monai_vslp.workflows.regularizer import train_regularizer
 from monai_vslp.workflows.report import report
 from monai_vslp.workflows.segment import datalist, segment
@@ -19,6 +20,7 @@ __all__ = [
     "evaluate",
     "format_table",
     "picture_regularizer",
+    "pretrain",
     "report",
     "segment",
     "target_strength",

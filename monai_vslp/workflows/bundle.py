@@ -19,7 +19,15 @@ from monai_vslp.utils.errors import InputError
 __all__ = ["BUNDLE", "create_run", "read_config", "run_config", "template"]
 
 BUNDLE = "pathology_tissue_proportion_segmentation"
-CONFIGS = ("train.json", "train_head.json", "self_training.json", "train_regularizer.json", "inference.json", "slide_inference.json", "evaluate.json")
+CONFIGS = (
+    "train.json",
+    "train_head.json",
+    "self_training.json",
+    "train_regularizer.json",
+    "inference.json",
+    "slide_inference.json",
+    "evaluate.json",
+)
 
 
 def template() -> Path:

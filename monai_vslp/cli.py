@@ -32,6 +32,10 @@ def _trust(text: str) -> float | str:
     return value
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def _group(text: str) -> tuple[str, list[str]]:
     name, separator, members = text.partition("=")
     if not separator or not name or not members:
@@ -62,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--mpp", type=float, metavar="X", help="µm/px of the images, needed to segment slides")
     train.add_argument("--finetune", action="store_true", help="train the backbone too, not the head alone")
     train.add_argument("--rounds", type=int, metavar="N", help="rounds of self-training at most (default: 1)")
+    train.add_argument(
+        "--enclosing", type=_names, default=[], metavar="CLASS,CLASS", help="classes without holes, such as glands"
+    )
     train.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep features of frozen backbones for other runs")
     train.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
     train.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
@@ -152,6 +159,7 @@ def _run(options: argparse.Namespace) -> int:
             mpp=options.mpp,
             finetune=options.finetune,
             rounds=options.rounds,
+            enclosing=options.enclosing,
             feature_cache=options.feature_cache,
             restart=options.restart,
             tracking_uri=options.tracking_uri,

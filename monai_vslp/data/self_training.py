@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.utils import optional_import
+from scipy import ndimage
 from torch.utils.data import Dataset
 
 from monai_vslp.data.bags import FEATURES
@@ -16,9 +19,35 @@ from monai_vslp.variational import refine
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
-__all__ = ["PseudoLabelTokens", "prepare_tokens"]
+__all__ = ["PseudoLabelTokens", "fill_enclosed", "prepare_tokens"]
 
+CERTAINTY = 0.9  # that what is enclosed belongs to what encloses it
 SMALLEST_SHARE = 1e-5  # of a class that a rater gave as absent: pseudo-labels may keep a trace of it
+
+
+def fill_enclosed(labels: np.ndarray, enclosing: Sequence[int], largest: float) -> np.ndarray:
+    """Give holes inside classes to the class that surrounds them, such as the lumen of a gland to its epithelium.
+
+    Args:
+        labels: class indices, shape ``[H, W]``.
+        enclosing: classes that have no holes, taken together; what they enclose goes to the nearest of them.
+        largest: px of the largest hole that is filled; more is taken for tissue between. Holes at the border stay.
+
+    Returns:
+        A new map of the same shape and type.
+    """
+    inside = np.isin(labels, list(enclosing))
+    holes, count = ndimage.label(~inside)
+    size = np.bincount(holes.ravel(), minlength=count + 1)
+    fill = size <= largest
+    fill[0] = False
+    fill[np.unique(np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]]))] = False
+    filled = fill[holes]
+    result = labels.copy()
+    if filled.any():
+        nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
+        result[filled] = labels[tuple(nearest)][filled]
+    return result
 
 
 class PseudoLabelTokens(Dataset):
@@ -37,6 +66,9 @@ class PseudoLabelTokens(Dataset):
         head: the teacher's head: logits ``[V, C, h, w]`` of features ``[V, F, h, w]``.
         alpha: strength of the regularizer, in tokens.
         trust: :math:`\rho`; inf takes the proportions as they are.
+        enclosing: class indices that have no holes (:func:`fill_enclosed`): the refined map is filled, the filled tokens
+            are taken for nearly certain, and the map is refined again, twice. Empty for no such knowledge.
+        largest_hole: tokens of the largest hole that is filled.
         images: images per batch.
         tokens: tokens per image, drawn by their tissue.
         length: batches per epoch.
@@ -54,6 +86,8 @@ class PseudoLabelTokens(Dataset):
         head: torch.nn.Module,
         alpha: float = 1.0,
         trust: float = math.inf,
+        enclosing: Sequence[int] = (),
+        largest_hole: float = 300.0,
         images: int = 16,
         tokens: int = 256,
         length: int = 100,
@@ -72,7 +106,13 @@ class PseudoLabelTokens(Dataset):
             with torch.no_grad():
                 q = head(item[FEATURES].to(device).float()).softmax(dim=1).mean(dim=0).cpu()
             p = item["proportions"].double().clamp_min(SMALLEST_SHARE)
-            result = refine(q, p / p.sum(), item["mass"][0], alpha=alpha, trust=trust, tolerance=1e-3)
+            options = {"alpha": alpha, "trust": trust, "tolerance": 1e-3}
+            result = refine(q, p / p.sum(), item["mass"][0], **options)
+            for _ in range(2 if enclosing else 0):
+                labels = torch.from_numpy(fill_enclosed(result.labels.numpy(), enclosing, largest_hole))
+                known = F.one_hot(labels, len(q)).permute(2, 0, 1).to(q)
+                q = torch.where(labels != result.labels, CERTAINTY * known + (1 - CERTAINTY) * q, q)
+                result = refine(q, p / p.sum(), item["mass"][0], **options)
             self.targets.append(result.u.half())
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def train(
     mpp: float | None = None,
     finetune: bool = False,
     rounds: int | None = None,
+    enclosing: Sequence[str] = (),
     feature_cache: str | Path | None = None,
     restart: bool = False,
     tracking_uri: str | None = None,
@@ -104,6 +106,7 @@ def train(
         mpp: µm/px of the images, needed for slides; None takes the table's column ``mpp``.
         finetune: train the backbone too.
         rounds: of self-training at most, with a frozen backbone and images of split ``val``; None for 1.
+        enclosing: names of classes without holes, such as glands with their lumens: self-training learns the holes too.
         feature_cache: folder where features of frozen backbones are kept for other runs too; None to keep none.
         restart: throw away an earlier run in ``output``.
         tracking_uri: MLflow server or store; SQLite in ``output`` by default.
@@ -123,6 +126,8 @@ def train(
         raise InputError(f"table {table} has no rows of split 'train'.")
     if len(cohort.classes) < 2:
         raise InputError(f"table {table} has the one class {cohort.classes[0]!r}; give at least two columns of proportions.")
+    if unknown := [name for name in enclosing if name not in cohort.classes]:
+        raise InputError(f"enclosing names {unknown[0]!r}, which is no class of {table}; it has {', '.join(cohort.classes)}.")
     if rounds is not None and rounds < 0:
         raise InputError(f"rounds of self-training must be at least 0, got {rounds}.")
     if weights is not None:
@@ -150,6 +155,7 @@ def train(
         "classes": list(cohort.classes),
         "seed": seed,
         "tracking_uri": tracking_uri,
+        "enclosing": list(enclosing),
         "feature_cache": None if feature_cache is None else str(Path(feature_cache).absolute()),
         "mpp": scale if scale is not None else ASSUMED_MPP,
         **({} if epochs is None else {"epochs": epochs}),

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from monai_vslp.data import PseudoLabelTokens, prepare_tokens
+from monai_vslp.data.self_training import fill_enclosed
 from monai_vslp.utils.errors import InputError
 
 
@@ -70,3 +72,45 @@ def test_batches_are_pairs_of_one_place_on_tissue_and_repeatable():
 def test_nothing_to_learn_from():
     with pytest.raises(InputError, match="no bags"):
         PseudoLabelTokens([], head(), progress=False)
+
+
+def test_lumens_belong_to_their_glands():
+    labels = np.zeros((12, 14), dtype=np.int64)
+    labels[1:6, 1:6] = 1
+    labels[3, 3] = 0  # a lumen
+    labels[7:12, 7:12] = 2
+    labels[8:11, 8:11] = 0  # a larger one
+    labels[0:3, 10:14] = 1
+    labels[0, 12] = 0  # open at the border
+    filled = fill_enclosed(labels, [1, 2], 4)
+    expected = labels.copy()
+    expected[3, 3] = 1
+    assert (filled == expected).all()
+    expected[8:11, 8:11] = 2
+    assert (fill_enclosed(labels, [1, 2], 9) == expected).all()
+    assert (fill_enclosed(labels, [2], 9)[3, 3]) == 0
+    assert labels[3, 3] == 0
+
+
+def test_targets_without_holes_still_meet_the_proportions():
+    size = 24
+    y, x = np.mgrid[:size, :size] - size / 2
+    r = np.hypot(x, y)
+    ring = torch.from_numpy((r > 4) & (r < 9)).float()
+    item = {
+        "features": (4 * ring[None, None] - 2).half(),
+        "mass": torch.ones(1, size, size),
+        "proportions": torch.tensor([0.55, 0.45]),
+    }
+    head = nn.Conv2d(1, 2, 1)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1))
+        head.bias.zero_()
+    hollow, solid = (
+        PseudoLabelTokens([item], head, alpha=0.1, enclosing=classes, progress=False).targets[0].float()
+        for classes in ([], [1])
+    )
+    centre = (slice(11, 13), slice(11, 13))
+    assert float(hollow[1][centre].max()) < 0.5 < float(solid[1][centre].min())
+    for target in (hollow, solid):
+        torch.testing.assert_close(target.mean(dim=(1, 2)), item["proportions"], rtol=0, atol=2e-3)

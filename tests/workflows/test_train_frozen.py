@@ -132,5 +132,7 @@ def test_features_are_shared_between_runs(cohort, local, tmp_path):
 def test_impossible_options(cohort, local, tmp_path):
     with pytest.raises(InputError, match="rank"):
         run(cohort, local, tmp_path / "a", rank=0)
+    with pytest.raises(InputError, match="enclosing.*pink"):
+        run(cohort, local, tmp_path / "c", enclosing=["gland"])
     with pytest.raises(InputError, match="rounds"):
         run(cohort, local, tmp_path / "b", rounds=-1)

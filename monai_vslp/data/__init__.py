@@ -19,6 +19,7 @@ from monai_vslp.data.regularization import (
     prepare_refinement,
     stack_keys,
 )
+from monai_vslp.data.sampling import sample_cells, sample_proportions
 from monai_vslp.data.self_training import PseudoLabelTokens, prepare_tokens
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "ProportionLabel",
     "PseudoLabelTokens",
     "prepare_tokens",
+    "sample_cells",
+    "sample_proportions",
     "Record",
     "RegularizerBatches",
     "check_images",

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.utils import optional_import
-from scipy import ndimage
 from torch.utils.data import Dataset
 
 from monai_vslp.data.bags import FEATURES
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational import refine
 
+ndimage, _ = optional_import("scipy.ndimage")
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
 __all__ = ["PseudoLabelTokens", "fill_enclosed", "prepare_tokens"]

@@ -51,6 +51,7 @@ FROZEN: dict[str, Any] = {
     "average_decay": 0.0,
 }
 DEFAULT_BACKBONE = "vit_tiny_patch16_224"
+GATE = 1.05  # a round may meet held-out proportions this much worse: some tens of images tell no finer differences
 ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
 ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
 
@@ -91,7 +92,7 @@ def train(
 
     With weights the backbone is frozen, its features are kept, and a head is fitted to the proportions of all images together;
     rounds of self-training follow, in which a more flexible head learns the maps that the first one and the proportions
-    agree on. A round counts only if the proportions of held-out images (split ``val``) are met better after it.
+    agree on. A round counts unless the proportions of held-out images (split ``val``) are met worse by 5 % after it.
     ``finetune`` trains the backbone too. Without weights and backbone a small transformer is trained from scratch.
     Interrupted runs continue with the same command.
 
@@ -175,7 +176,7 @@ def train(
 
 
 def _self_training(run: Path, held_out: bool, progress: bool) -> None:
-    """Rounds of self-training until held-out proportions are met no better; ``models/model.pt`` is the best network."""
+    """Rounds of self-training as long as held-out proportions are met as well; ``models/model.pt`` is the last such network."""
     models = run / "models"
     rounds = read_config(run, "self_training.json")["rounds"]
     first = models / ROUND.format(0)
@@ -192,9 +193,9 @@ def _self_training(run: Path, held_out: bool, progress: bool) -> None:
         run_config(run, "self_training.json", round=number, progress=progress)
         found = _best_error(folder)
         logger.info("Round %d: mean error of held-out proportions %.4f, before %.4f.", number, found, error)
-        if found >= error:
+        if found > GATE * error:
             return
-        error = found
+        error = min(error, found)
         with atomic_path(models / "model.pt") as temporary:
             shutil.copyfile(folder / "model.pt", temporary)
 

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +138,15 @@ def test_impossible_options(cohort, local, tmp_path):
         run(cohort, local, tmp_path / "c", enclosing=["gland"])
     with pytest.raises(InputError, match="rounds"):
         run(cohort, local, tmp_path / "b", rounds=-1)
+
+
+def test_the_overlay_runs_with_monai_bundle_run(finished, tmp_path):
+    target = tmp_path / "run"
+    shutil.copytree(finished, target)
+    shutil.rmtree(target / "models")
+    command = [sys.executable, "-m", "monai.bundle", "run", "--bundle_root", ".", "--progress", "False"]
+    command += ["--config_file", "['configs/train.json','configs/train_head.json']", "--meta_file", "configs/metadata.json"]
+    subprocess.run(command, cwd=target, check=True, capture_output=True, timeout=300)
+    expected, found = state(finished, "round0/model.pt"), state(target)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ class FullBatchUpdate:
     r"""Iteration of a trainer that takes a step on all bags together,
 
     .. math::
-        \min_\theta\ \tfrac1n\sum_{I=1}^n \mathcal L(f_\theta(I), p_I) + \lambda_R\lVert\theta_W\rVert^2,
+        \min_\theta\ \tfrac1n\sum_{I=1}^n \mathcal L(f_\theta(I), p_I) + \frac{\lambda_R}n\lVert\theta_W\rVert^2,
 
     with the weights (not offsets) :math:`\theta_W` that the optimizer was given. For a linear head this is a smooth problem of
     a few thousand unknowns, which L-BFGS solves in some tens of passes, from 0 and without any random draw: what a head
@@ -32,7 +32,7 @@ class FullBatchUpdate:
     Args:
         bags: items with ``features`` ``[V, F, h, w]``, ``mass`` ``[1, h, w]`` and ``proportions`` ``[C]``.
         head: gives logits ``[V, C, h, w]`` for features ``[V, F, h, w]``.
-        ridge: :math:`\lambda_R \ge 0`.
+        ridge: :math:`\lambda_R \ge 0`; what is known beforehand weighs less the more bags there are.
         device: where the head is.
 
     Raises:
@@ -40,7 +40,7 @@ class FullBatchUpdate:
     """
 
     def __init__(
-        self, bags: Sequence[Mapping[str, Any]], head: torch.nn.Module, ridge: float = 1e-3, device: torch.device | str = "cpu"
+        self, bags: Sequence[Mapping[str, Any]], head: torch.nn.Module, ridge: float = 0.13, device: torch.device | str = "cpu"
     ) -> None:
         if len(bags) == 0:
             raise InputError("there are no bags to learn from.")
@@ -63,7 +63,7 @@ class FullBatchUpdate:
                 loss.backward()
                 total += loss.detach()
             if self.ridge:
-                penalty = self.ridge * torch.stack([w.square().sum() for w in weights]).sum()
+                penalty = self.ridge / len(self.bags) * torch.stack([w.square().sum() for w in weights]).sum()
                 penalty.backward()
                 total += penalty.detach()
             return total

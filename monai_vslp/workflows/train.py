@@ -46,12 +46,13 @@ FROZEN: dict[str, Any] = {
     "epochs": 12,
     "learning_rate": 1.0,
     "weight_decay": 0.0,
-    "entropy_weight": 0.1,
+    "entropy_weight": 0.3,
     "consistency_weight": 0.0,
     "average_decay": 0.0,
 }
 DEFAULT_BACKBONE = "vit_tiny_patch16_224"
 GATE = 1.05  # a round may meet held-out proportions this much worse: some tens of images tell no finer differences
+RATED_TRUST = 3.0  # ρ of pseudo-labels where raters disagree
 ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
 ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
 
@@ -164,6 +165,8 @@ def train(
     }
     if rounds is not None:
         values["rounds"] = rounds
+    if any(record.proportions is not None and record.proportions.spread.any() for record in training.records):
+        values.setdefault("target_trust", RATED_TRUST)
     create_run(run, values, cohort.classes)
     if not frozen:
         run_config(run, "train.json", progress=progress)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import monai_vslp
+from monai_vslp.data.public import read_public
 from monai_vslp.networks.tta import TTA_GROUPS
 from monai_vslp.transforms.refinement import TRUST_RULES
 from monai_vslp.utils.errors import InputError
@@ -98,6 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
     pretrain.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
 
+    public = commands.add_parser(
+        "public", help="make a table of proportions from a public data set as its owners distribute it"
+    )
+    public.add_argument("name", metavar="NAME", help="glas, crag, bcss, bcss_wsss, luad_histoseg or ebhi_seg")
+    public.add_argument("root", type=Path, metavar="DIR", help="the set as downloaded and unpacked")
+    public.add_argument(
+        "--output", type=Path, required=True, metavar="TABLE", help="CSV to write; masks of val and test beside it"
+    )
+    public.add_argument("--seed", type=int, default=0, help="of the division by patient, where the set has no validation part")
+
     choose = commands.add_parser("choose", help="choose strength and trust by held-out proportions, without masks")
     choose.add_argument("model", type=Path, metavar="RUN", help="bundle folder of 'train'")
     choose.add_argument("--table", type=Path, metavar="TABLE", help="proportions (default: the table of 'train')")
@@ -181,6 +192,11 @@ def _run(options: argparse.Namespace) -> int:
             progress=progress,
         )
         print(f"Learned: {folder}. 'monai-vslp segment INPUT --model {options.model} --output OUT' uses it.")
+    elif options.command == "public":
+        cohort = read_public(options.name, options.root, seed=options.seed)
+        for line in cohort.verify().items():
+            print(*line, sep=": ")
+        print(f"Table: {cohort.to_table(options.output)}")
     elif options.command == "pretrain":
         learned = workflows.pretrain(
             options.images,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.engines import Evaluator
 from monai.utils import optional_import
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from monai_vslp.utils.errors import InputError
 
@@ -24,9 +26,10 @@ class WeightAverage:
     .. math::
         \bar\theta_n = d_n\bar\theta_{n-1} + (1 - d_n)\theta_n, \qquad d_n = \min\bigl(d, \tfrac{1 + n}{10 + n}\bigr),
 
-    after each step n, so that the first steps are soon forgotten. Buffers and frozen weights stay as they are. An evaluator
-    sees the averaged weights, training goes on with its own; :class:`~monai_vslp.handlers.RunCheckpoint` keeps both and
-    writes the average as the result.
+    after each step n, so that the first steps are soon forgotten. Buffers and weights that are frozen when this is made stay
+    as they are; those that :class:`~monai_vslp.networks.schedule.HeadFirst` freezes for a while are averaged throughout. An
+    evaluator sees the averaged weights, training goes on with its own; :class:`~monai_vslp.handlers.RunCheckpoint` keeps both
+    and writes the average as the result.
 
     Args:
         network: the network trained.
@@ -55,8 +58,8 @@ class WeightAverage:
         """Take the present weights into the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, value in self._trained.items():
-            self.average[name].lerp_(value, 1.0 - decay)
+        if self.average:
+            get_ema_multi_avg_fn(decay)(list(self.average.values()), list(self._trained.values()), self.steps)
 
     @torch.no_grad()
     def _show(self, engine: Engine) -> None:
@@ -81,8 +84,20 @@ class WeightAverage:
         """What a checkpoint keeps."""
         return {"steps": self.steps, "average": self.average}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Continue from what :meth:`state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave.
+
+        Raises:
+            InputError: it is the average of other weights; nothing was loaded.
+        """
+        stored = (state or {}).get("average", {})
+        other = [name for name in {*stored, *self.average} if name not in stored or name not in self.average]
+        other += [name for name, value in self.average.items() if name in stored and stored[name].shape != value.shape]
+        if other:
+            raise InputError(
+                f"the stored average is of other weights than those trained now ({len(other)} differ, such as {min(other)}): "
+                "freeze and train the same ones as before, or start afresh."
+            )
         self.steps = int(state["steps"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])

@@ -1,9 +1,11 @@
 """Networks that turn images into class confidences, and their test-time augmentation."""
 
+from monai_vslp.networks.adapters import adapter_state_dict, add_lora, load_adapters, merge_lora, trainable_parameters
 from monai_vslp.networks.backbone import TokenBackbone, load_weights
 from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions, token_mass
 from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
 from monai_vslp.networks.projection import fit_projection
+from monai_vslp.networks.schedule import HeadFirst, parameter_groups
 from monai_vslp.networks.tta import SYMMETRIES, TTA_GROUPS, TTAConfidence, training_views
 
 __all__ = [
@@ -12,12 +14,19 @@ __all__ = [
     "AdditiveHead",
     "ConfidenceNet",
     "DenseHead",
+    "HeadFirst",
     "PatchHead",
     "TTAConfidence",
     "TokenBackbone",
+    "adapter_state_dict",
+    "add_lora",
     "fit_projection",
+    "load_adapters",
     "load_weights",
+    "merge_lora",
+    "parameter_groups",
     "pool_proportions",
     "token_mass",
+    "trainable_parameters",
     "training_views",
 ]

@@ -61,6 +61,13 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
             near = difflib.get_close_matches(name.partition(".")[0], known, n=3)
             hint = f" Did you mean {', '.join(near)}?" if near else " See timm.list_models() for the names."
             raise InputError(f"backbone {name!r} is not a timm model.{hint}")
+    layer = options.get("mlp_layer")
+    if isinstance(layer, str):  # timm wants the class, a config has its name
+        if not hasattr(timm.layers, layer):
+            raise InputError(
+                f"mlp_layer {layer!r} is not in timm.layers; models with gated MLPs take 'SwiGLUPacked' or 'SwiGLU'."
+            )
+        options = {**options, "mlp_layer": getattr(timm.layers, layer)}
     # Families differ in how they are told that inputs vary in size; convolutional ones need no telling.
     for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         try:
@@ -68,7 +75,7 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
         except TypeError as error:
             if not any(key in str(error) for key in flexible):
                 raise InputError(f"backbone {name!r} does not take the options {options}: {error}.") from error
-        except (OSError, RuntimeError) as error:  # no such tag or repository, no connection, no token for it
+        except Exception as error:  # no such tag or repository, no connection, no token for it, a damaged file
             raise InputError(
                 f"backbone {name!r} cannot be made: {error} Without a connection, name a timm architecture and give its "
                 "weights as a local file."
@@ -85,13 +92,15 @@ class TokenBackbone(nn.Module):
     ConvNeXt) are resampled linearly to the grid of the finest one used.
 
     Args:
-        name: timm model, for instance ``vit_tiny_patch16_224``, or ``hf-hub:organisation/model``.
+        name: timm model, for instance ``vit_tiny_patch16_224``, ``hf-hub:organisation/model``, or ``local-dir:folder``
+            with a copy of such a model (``config.json``, ``model.safetensors``), whose weights are read with ``pretrained``.
         blocks: indices into timm's intermediate features; None for blocks at about 1/3, 1/2 and 3/4 of the depth
             (3, 5 and 8 of 12), or of a hierarchical backbone those stages with a stride of 8 to 16 px.
         weights: local file with a state dict of the timm model, a classifier head in it is ignored.
         pretrained: let timm fetch its weights; needs the internet or a filled cache.
         norm: standardise each block's features over channels.
-        **options: passed on to ``timm.create_model`` (``depth``, ``embed_dim``, ``patch_size`` …).
+        **options: passed on to ``timm.create_model`` (``depth``, ``embed_dim``, ``patch_size``, ``init_values``,
+            ``reg_tokens`` …); ``mlp_layer`` may be the name of a class of ``timm.layers``, such as ``SwiGLUPacked``.
 
     Attributes:
         channels: number of feature channels.
@@ -138,6 +147,19 @@ class TokenBackbone(nn.Module):
         self.channels = int(sum(widths[block] for block in self.blocks))
         kept = self.model.prune_intermediate_layers(self.blocks, prune_norm=True, prune_head=True)
         self._indices = list(kept)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, a third more time.
+
+        Raises:
+            InputError: the model cannot.
+        """
+        try:
+            self.model.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError) as error:
+            raise InputError(
+                f"{type(self.model).__name__} knows no gradient checkpointing ({error}); leave out grad_checkpointing."
+            ) from error
 
     def _load(self, name: str, path: str | Path) -> None:
         state = load_weights(path)

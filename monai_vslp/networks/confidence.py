@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from monai_vslp.networks.adapters import add_lora
 from monai_vslp.networks.backbone import TokenBackbone
 from monai_vslp.networks.feature_cache import FeatureCache
 from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
@@ -113,6 +114,10 @@ class ConfidenceNet(nn.Module):
         freeze_backbone: train the head alone.
         cache: folder where features of a frozen backbone are kept (:class:`~monai_vslp.networks.feature_cache.FeatureCache`);
             None to compute them each time.
+        grad_checkpointing: trade a third more time in training for the memory of the blocks' activations.
+        adapters: train the backbone through low-rank adapters alone: the arguments of
+            :func:`~monai_vslp.networks.adapters.add_lora`, such as ``{"rank": 8}``; None for none. With ``freeze_backbone`` it
+            stays in evaluation mode besides.
         mean, std: channel statistics the input is normalised with; None for those of the backbone.
         backbone_kwargs: further options of ``timm.create_model``.
 
@@ -136,6 +141,8 @@ class ConfidenceNet(nn.Module):
         magnifications: Sequence[float] | None = None,
         freeze_backbone: bool = False,
         cache: str | Path | None = None,
+        grad_checkpointing: bool = False,
+        adapters: dict[str, Any] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
@@ -187,8 +194,16 @@ class ConfidenceNet(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
         if freeze_backbone:
             self.backbone.requires_grad_(False)
-        elif cache is not None:
+        if cache is not None and (adapters is not None or not freeze_backbone):
             raise InputError("features are kept for a frozen backbone only: leave out cache, or freeze the backbone.")
+        self.adapted = adapters is not None
+        if adapters is not None:
+            try:
+                add_lora(self.backbone, **adapters)
+            except TypeError as error:
+                raise InputError(f"adapters take rank, alpha and targets, got {adapters}: {error}.") from error
+        if grad_checkpointing:
+            self.backbone.set_grad_checkpointing()
         self.cache = None if cache is None else Path(cache)
         self._tokens: FeatureCache | None = None
 
@@ -206,7 +221,8 @@ class ConfidenceNet(nn.Module):
             x: RGB images, shape ``[B, 3, H, W]``, float in [0, 1], any size.
 
         Returns:
-            Shape ``[B, F, ceil(H / stride), ceil(W / stride)]``; without gradient where the backbone is frozen.
+            Shape ``[B, F, ceil(H / stride), ceil(W / stride)]``; without gradient where the backbone is frozen
+            and has no adapters.
         """
         features = self.raw_features(x)
         return features if self.projection is None else self.projection(features)
@@ -220,7 +236,7 @@ class ConfidenceNet(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3:
             raise InputError(f"ConfidenceNet takes images of shape [B, 3, H, W], got {list(x.shape)}.")
         size = [math.ceil(side / self.stride) for side in x.shape[-2:]]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.adapted or not self.freeze_backbone)):
             maps = [self._at_scale(x, scale)[..., : size[0], : size[1]] for scale in self.magnifications]
         return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
 

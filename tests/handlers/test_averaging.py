@@ -5,8 +5,9 @@ import torch
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from monai_vslp.handlers import WeightAverage
+from monai_vslp.handlers import RunCheckpoint, WeightAverage
 from monai_vslp.utils.errors import InputError
 
 
@@ -98,3 +99,86 @@ def test_a_continued_average_is_an_uninterrupted_one():
 def test_impossible_decay(decay):
     with pytest.raises(InputError, match="decay"):
         WeightAverage(network(), decay)
+
+
+def test_constant_decay_is_that_of_torch():
+    """With d = 0.1 the warm-up, 2/11 at the first step, is never below."""
+    net = network()
+    reference = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.1))
+    reference.update_parameters(net)  # torch begins with the first weights it sees
+    average = WeightAverage(net, 0.1)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(6):
+        with torch.no_grad():
+            for value in (net[2].weight, net[2].bias, net[1].weight):
+                value.add_(torch.randn(value.shape, generator=generator))
+        average.update()
+        reference.update_parameters(net)
+    state = reference.module.state_dict()
+    for name, value in average.average.items():
+        torch.testing.assert_close(value, state[name])
+
+
+def test_warm_up_forgets_the_start():
+    net = network()
+    with torch.no_grad():
+        net[2].weight.fill_(100.0)
+    slow = WeightAverage(net, 0.999)
+    with torch.no_grad():
+        net[2].weight.zero_()
+    for _ in range(30):
+        slow.update()
+    # The product of (1 + n) / (10 + n) for n to 30, where a constant 0.999 would leave 97 %.
+    left = 100.0
+    for n in range(1, 31):
+        left *= (1 + n) / (10 + n)
+    assert left < 1e-4
+    torch.testing.assert_close(slow.average["2.weight"], torch.full((1, 2), left))
+
+
+def test_the_model_kept_is_the_average_and_the_checkpoint_has_both(tmp_path):
+    net = network()
+    optimizer = torch.optim.SGD(net[2].parameters(), lr=1.0)
+    average = WeightAverage(net, 0.9)
+    checkpoint = RunCheckpoint(
+        tmp_path, net, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), average=average, settings={}
+    )
+
+    def step(engine, batch):
+        optimizer.zero_grad()
+        net(batch).square().sum().backward()
+        optimizer.step()
+
+    trainer = Engine(step)
+    average.attach(trainer)
+    checkpoint.attach(trainer)
+    trainer.run([torch.randn(4, 3, generator=torch.Generator().manual_seed(n)) for n in range(3)], max_epochs=2)
+    model = torch.load(tmp_path / "model.pt", weights_only=True)
+    stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert set(model) == set(net.state_dict())
+    assert torch.equal(model["2.weight"], average.average["2.weight"])
+    assert not torch.equal(model["2.weight"], net[2].weight)
+    assert torch.equal(stored["network"]["2.weight"], net[2].weight.detach())
+    assert stored["average"]["steps"] == 6
+    assert torch.equal(model["0.weight"], net[0].weight) and torch.equal(model["1.running_mean"], net[1].running_mean)
+
+
+def test_an_average_of_other_weights_is_refused():
+    net = network()
+    state = WeightAverage(net, 0.9).state_dict()
+    net[1].requires_grad_(False)
+    other = WeightAverage(net, 0.9)
+    before = {name: value.clone() for name, value in other.average.items()}
+    for wrong, message in ((state, "2 differ, such as 1.bias"), (None, "2 differ, such as 2.bias")):
+        with pytest.raises(InputError, match=message):
+            other.load_state_dict(wrong)
+    with pytest.raises(InputError, match=r"1 differ, such as 2\.weight"):
+        other.load_state_dict({"steps": 3, "average": {**before, "2.weight": torch.zeros(2, 2)}})
+    assert other.steps == 0 and all(torch.equal(value, before[name]) for name, value in other.average.items())
+
+
+def test_nothing_trained_is_nothing_averaged():
+    net = network().requires_grad_(False)
+    average = WeightAverage(net, 0.9)
+    average.update()
+    assert average.steps == 1 and average.averaged_state().keys() == net.state_dict().keys()

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_vslp.data.cohort import read_cohort
+import numpy as np
+
+from monai_vslp.data.cohort import Cohort, read_cohort
 from monai_vslp.data.images import check_images
 from monai_vslp.networks.backbone import load_weights
 from monai_vslp.utils.atomic import atomic_path
@@ -46,13 +48,15 @@ FROZEN: dict[str, Any] = {
     "epochs": 12,
     "learning_rate": 1.0,
     "weight_decay": 0.0,
-    "entropy_weight": 0.3,
+    "entropy_weight": 0.1,
     "consistency_weight": 0.0,
     "average_decay": 0.0,
 }
 DEFAULT_BACKBONE = "vit_tiny_patch16_224"
 GATE = 1.05  # a round may meet held-out proportions this much worse: some tens of images tell no finer differences
-RATED_TRUST = 3.0  # ρ of pseudo-labels where raters disagree
+# Of proportions that people estimated: decided tokens average out errors of single images, and pseudo-labels doubt them too.
+ESTIMATED: dict[str, Any] = {"entropy_weight": 0.3, "target_trust": 3.0}
+STEP = 0.05  # people estimate in multiples of it
 ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
 ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
 
@@ -94,6 +98,8 @@ def train(
     With weights the backbone is frozen, its features are kept, and a head is fitted to the proportions of all images together;
     rounds of self-training follow, in which a more flexible head learns the maps that the first one and the proportions
     agree on. A round counts unless the proportions of held-out images (split ``val``) are met worse by 5 % after it.
+    Proportions that people estimated (raters disagree, or all entries are multiples of 5 %) get a stronger entropy term and
+    pseudo-labels that doubt them.
     ``finetune`` trains the backbone too. Without weights and backbone a small transformer is trained from scratch.
     Interrupted runs continue with the same command.
 
@@ -149,7 +155,11 @@ def train(
         values = {
             "backbone": backbone or DEFAULT_BACKBONE,
             "weights": None if weights is None else str(Path(weights).absolute()),
-            **(FROZEN if frozen else {"freeze_backbone": False, "cache_features": False, "learning_rate": 1e-4}),
+            **(
+                FROZEN | (ESTIMATED if _estimated(training) else {})
+                if frozen
+                else {"freeze_backbone": False, "cache_features": False, "learning_rate": 1e-4}
+            ),
         }
     values |= {
         "table": str(Path(table).absolute()),
@@ -165,8 +175,6 @@ def train(
     }
     if rounds is not None:
         values["rounds"] = rounds
-    if any(record.proportions is not None and record.proportions.spread.any() for record in training.records):
-        values.setdefault("target_trust", RATED_TRUST)
     create_run(run, values, cohort.classes)
     if not frozen:
         run_config(run, "train.json", progress=progress)
@@ -176,6 +184,13 @@ def train(
     _self_training(run, len(cohort.split("val")) > 0, progress)
     shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all rounds, and may be large
     return run
+
+
+def _estimated(cohort: Cohort) -> bool:
+    """Whether people estimated the proportions: raters disagree, or all entries are round."""
+    labels = [record.proportions for record in cohort.records if record.proportions is not None]
+    values = np.concatenate([label.mean for label in labels])
+    return any(label.spread.any() for label in labels) or bool(np.allclose(values / STEP, np.round(values / STEP), atol=1e-3))
 
 
 def _self_training(run: Path, held_out: bool, progress: bool) -> None:

@@ -9,11 +9,14 @@ from cases import write_two_class_cohort
 from safetensors.torch import save_file
 
 from monai_vslp.data import bags as bags_module
+from monai_vslp.data import read_cohort
 from monai_vslp.utils.errors import InputError
 from monai_vslp.utils.timm import import_timm
 from monai_vslp.workflows import segment, train
 from monai_vslp.workflows import train as train_workflow
 from monai_vslp.workflows.bundle import read_config
+
+_estimated = train_workflow.__globals__["_estimated"]
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 OPTIONS = {"backbone_kwargs": SMALL, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8, "epochs": 4, "progress": False}
@@ -150,3 +153,13 @@ def test_the_overlay_runs_with_monai_bundle_run(finished, tmp_path):
     expected, found = state(finished, "round0/model.pt"), state(target)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_estimates_are_told_from_measurements(cohort, tmp_path):
+    records = read_cohort(cohort, cohort.parent / "images")
+    assert not _estimated(records.split("train"))
+    lines = cohort.read_text().splitlines()
+    rounded = [lines[0]] + [",".join([*line.split(",")[:-2], "0.35", "0.65"]) for line in lines[1:]]
+    table = tmp_path / "rounded.csv"
+    table.write_text("\n".join(rounded) + "\n")
+    assert _estimated(read_cohort(table, cohort.parent / "images").split("train"))

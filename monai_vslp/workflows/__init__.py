@@ -1,5 +1,6 @@
 """What a command does, one readable page each."""
 
+from monai_vslp.workflows.benchmark import run_benchmark
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
 from monai_vslp.workflows.pictures import ConfidencePicture, picture_regularizer
@@ -22,6 +23,7 @@ __all__ = [
     "picture_regularizer",
     "pretrain",
     "report",
+    "run_benchmark",
     "segment",
     "target_strength",
     "train",

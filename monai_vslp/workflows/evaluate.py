@@ -14,10 +14,10 @@ import numpy as np
 from monai.utils import optional_import
 
 from monai_vslp.data.images import image_size
-from monai_vslp.io.ome_tiff import read_label_tiff
+from monai_vslp.io.ome_tiff import read_label_tiff, read_map_tiff
 from monai_vslp.io.report import REPORT_NAME, write_index
 from monai_vslp.io.summary import SUMMARY_NAME, read_summary
-from monai_vslp.metrics.segmentation import ConfusionMatrix
+from monai_vslp.metrics.segmentation import ConfusionMatrix, boundary_f1
 from monai_vslp.utils.atomic import write_json, write_text
 from monai_vslp.utils.errors import ImageReadError, InputError
 
@@ -28,7 +28,10 @@ tifffile, _ = optional_import("tifffile")
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 MAPS = {"argmax": "labels_argmax.tif", "refined": "labels.tif"}  # rows of the tables and their files
+CONFIDENCES = {"argmax": "confidence.tif", "refined": "segmentation.tif"}  # class probabilities behind the labels, 8 bit
 NO_TISSUE = 255  # label of pixels without tissue
+BINS = 15  # of calibration, equal over [0, 1]
+LARGEST_BOUNDARY = 1 << 26  # px; of greater maps no boundary is scored, its distances would need gigabytes
 ALL_CLASSES = "all classes"
 REST = "rest"
 
@@ -149,11 +152,94 @@ def _grouping(groups: Mapping[str, Sequence[str]] | None, classes: Sequence[str]
     return result
 
 
+def _unions(grouping: Mapping[str, Sequence[Sequence[int]]], classes: int) -> dict[str, np.ndarray]:
+    """For all classes and for each group the new class of each label, uint8 ``[256]``; what is no class stays."""
+    tables = {ALL_CLASSES: np.arange(256, dtype=np.uint8)}
+    for name, (_, inside) in grouping.items():
+        table = np.arange(256, dtype=np.uint8)
+        table[:classes] = 0
+        table[inside] = 1
+        tables[name] = table
+    return tables
+
+
 def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _block(name: str, classes: Sequence[str], matrices: Mapping[str, ConfusionMatrix]) -> dict[str, Any]:
+class _Agreement:
+    r"""Boundaries and calibration of one map over all images, for one set of classes.
+
+    Calibration is the expected calibration error of the label that was given to a pixel,
+    :math:`\sum_b \frac{n_b}{n}\,|\mathrm{acc}_b - \mathrm{conf}_b|` over bins of its probability, from the pixels of all images
+    together (:func:`~monai_vslp.metrics.segmentation.expected_calibration_error` on all of them). Probabilities have 8 bits,
+    so that counts per value are enough and no image is kept.
+
+    Args:
+        unite: new class of each label, shape ``[256]``, uint8; ``NO_TISSUE`` stays.
+    """
+
+    def __init__(self, unite: np.ndarray) -> None:
+        self.unite = unite
+        self.boundaries: list[float] = []
+        self.counts = np.zeros(256, dtype=np.int64)  # pixels by probability
+        self.hits = np.zeros(256, dtype=np.int64)  # those with the right label
+        self.complete = True  # whether every image had probabilities
+
+    def confidence(self, labels: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Probability of each pixel's label, its class united, uint8 ``[H, W]``; ``values`` are uint8 ``[C, H, W]``."""
+        united = self.unite[labels]
+        total = np.zeros(labels.shape, dtype=np.uint16)
+        for index, plane in enumerate(values):
+            total += np.where(self.unite[index] == united, plane, 0)
+        return np.minimum(total, 255).astype(np.uint8)  # codes are rounded one by one
+
+    def update(self, labels: np.ndarray, target: np.ndarray, confidence: np.ndarray | None, tolerance: float) -> None:
+        """Add one image: labels ``[H, W]`` uint8, the mask and, where known, the probability of each label (uint8)."""
+        labels, target = self.unite[labels], self.unite[target]
+        kept = (target != NO_TISSUE) & (labels != NO_TISSUE)
+        if not kept.any():
+            return
+        if labels.size <= LARGEST_BOUNDARY:
+            self.boundaries.append(boundary_f1(labels, target, tolerance, NO_TISSUE))
+        if confidence is None:
+            self.complete = False
+            return
+        self.counts += np.bincount(confidence[kept], minlength=256)
+        self.hits += np.bincount(confidence[kept & (labels == target)], minlength=256)
+
+    def compute(self) -> dict[str, float | None]:
+        """``boundary_f1``, mean over images, and ``ece``; None where not known."""
+        codes = np.arange(256) / 255.0
+        index = np.minimum((codes * BINS).astype(np.int64), BINS - 1)
+        total = int(self.counts.sum())
+        gap = np.abs(np.bincount(index, self.hits - codes * self.counts, minlength=BINS)).sum()
+        return {
+            "boundary_f1": float(np.mean(self.boundaries)) if self.boundaries else None,
+            "ece": float(gap / total) if self.complete and total else None,
+        }
+
+
+def _confidences(path: Path, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray | None:
+    """Class probabilities of a map, uint8 ``[C, H, W]``; None where the file is not there.
+
+    Raises:
+        ImageReadError: it is damaged or does not fit the labels.
+    """
+    if not path.is_file():
+        return None
+    values = read_map_tiff(path)
+    if values.dtype != np.uint8 or values.shape != (len(classes), *labels.shape):
+        raise ImageReadError(
+            f"{path} holds {values.dtype} of shape {list(values.shape)}; expected uint8 of "
+            f"{[len(classes), *labels.shape]}, as the labels beside it have; segment this input again."
+        )
+    return values
+
+
+def _block(
+    name: str, classes: Sequence[str], matrices: Mapping[str, ConfusionMatrix], agreements: Mapping[str, _Agreement]
+) -> dict[str, Any]:
     """Scores of all maps over one set of classes; JSON has no NaN, so it becomes None."""
     rows = []
     for key, matrix in matrices.items():
@@ -166,6 +252,7 @@ def _block(name: str, classes: Sequence[str], matrices: Mapping[str, ConfusionMa
                 "accuracy": _plain(scores.accuracy),
                 "proportion_error": _plain(scores.proportion_error),
                 "proportion_distance": _plain(scores.proportion_distance),
+                **agreements[key].compute(),
                 "iou": dict(zip(classes, map(_plain, scores.iou))),
                 "dice": dict(zip(classes, map(_plain, scores.dice))),
                 "support": dict(zip(classes, scores.support.tolist())),
@@ -201,6 +288,7 @@ def evaluate(
     *,
     ignore_index: int = 255,
     groups: Mapping[str, Sequence[str]] | None = None,
+    tolerance: float = 3.0,
 ) -> dict[str, Any]:
     """Compare segmentations with masks, from the counts of all pixels of all images together.
 
@@ -218,20 +306,25 @@ def evaluate(
         ignore_index: value of mask pixels that do not count.
         groups: further two-class scores by name, each of some classes, united, against the rest, for instance
             ``{"gland": ["benign_gland", "malignant_gland"]}``.
+        tolerance: distance up to which boundaries agree, px of the mask.
 
     Returns:
         ``classes``; ``images`` and ``without_mask``, stems; ``pixels``, number of those counted; ``unlabelled``, share of the
         annotated pixels that were not counted because the segmentation has no tissue there; ``blocks``, one for all classes
         and one per group, each with ``name``, ``classes`` and ``rows`` for ``argmax`` and ``refined``: ``miou``, ``mdice``,
         ``accuracy``, ``proportion_error``, ``proportion_distance``, by class ``iou``, ``dice`` and ``support`` (px), and
-        ``confusion`` (rows: mask); see :class:`~monai_vslp.metrics.segmentation.SegmentationScores`. None stands for what is
-        not defined.
+        ``confusion`` (rows: mask); see :class:`~monai_vslp.metrics.segmentation.SegmentationScores`. Further ``boundary_f1``,
+        the mean over images of :func:`~monai_vslp.metrics.segmentation.boundary_f1` (maps of more than 67 million px are left
+        out), and ``ece``, the calibration error of the labels over all pixels, from ``confidence.tif`` and
+        ``segmentation.tif`` where every image has them. None stands for what is not defined.
 
     Raises:
         InputError: no segmentation or no mask is found, sizes or classes do not fit; names the file.
         ImageReadError: a mask or map cannot be read.
     """
     output, masks = Path(output), Path(masks)
+    if not tolerance >= 0:
+        raise InputError(f"tolerance of boundaries must be at least 0 px, got {tolerance}.")
     summaries = _segmented(output)
     classes = next(iter(summaries.values()))["classes"]
     grouping = _grouping(groups, classes)
@@ -246,26 +339,35 @@ def evaluate(
             f"{stem}.tiff, {stem}.bmp and {stem}_mask.*, and likewise for the others."
         )
     matrices = {key: ConfusionMatrix(len(classes), NO_TISSUE) for key in MAPS}
+    agreements = {name: {key: _Agreement(unite) for key in MAPS} for name, unite in _unions(grouping, len(classes)).items()}
     annotated = 0
     for stem, path in found.items():
         target = _true_labels(path, classes, ignore_index)
         annotated += int((target != NO_TISSUE).sum())
-        maps = {key: _labels(output / stem / name, classes) for key, name in MAPS.items()}
-        maps = {key: _on_mask_grid(labels, target.shape, summaries[stem], path) for key, labels in maps.items()}
+
+        def placed(values: np.ndarray, target=target, stem=stem, path=path) -> np.ndarray:
+            return _on_mask_grid(values, target.shape, summaries[stem], path)
+
+        raw = {key: _labels(output / stem / name, classes) for key, name in MAPS.items()}
+        maps = {key: placed(labels) for key, labels in raw.items()}
         for labels in maps.values():
             target[labels == NO_TISSUE] = NO_TISSUE
         for key, labels in maps.items():
             matrices[key].update(labels, target)
+            values = _confidences(output / stem / CONFIDENCES[key], raw[key], classes)
+            for block in agreements.values():
+                sure = None if values is None else placed(block[key].confidence(raw[key], values))
+                block[key].update(labels, target, sure, tolerance)
     pixels = int(matrices["refined"].counts.sum())
     if pixels == 0:
         raise InputError(
             f"no pixel could be compared: the masks in {masks} mark none of the tissue that was segmented, or hold nothing but "
             f"the ignored value {ignore_index}."
         )
-    blocks = [_block(ALL_CLASSES, classes, matrices)]
+    blocks = [_block(ALL_CLASSES, classes, matrices, agreements[ALL_CLASSES])]
     for name, members in grouping.items():
         united = {key: matrix.grouped(members) for key, matrix in matrices.items()}
-        blocks.append(_block(f"{name} against rest", [REST, name], united))
+        blocks.append(_block(f"{name} against rest", [REST, name], united, agreements[name]))
     result = {
         "masks": str(masks),
         "ignore_index": ignore_index,
@@ -303,14 +405,17 @@ def _as_csv(result: Mapping[str, Any]) -> str:
     """One line per block, map and class; the class ``(all)`` holds the scores over all classes."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["block", "map", "class", "iou", "dice", "support", "accuracy", "proportion_error", "proportion_distance"])
+    writer.writerow(
+        ["block", "map", "class", "iou", "dice", "support", "accuracy", "proportion_error", "proportion_distance"]
+        + ["boundary_f1", "ece"]
+    )
     for block in result["blocks"]:
         for row in block["rows"]:
             for name in block["classes"]:
                 scores = [row["iou"][name], row["dice"][name], row["support"][name]]
-                writer.writerow([block["name"], row["map"], name, *("" if v is None else v for v in scores), "", "", ""])
+                writer.writerow([block["name"], row["map"], name, *("" if v is None else v for v in scores), *[""] * 5])
             whole = [row["miou"], row["mdice"], sum(row["support"].values())]
-            whole += [row["accuracy"], row["proportion_error"], row["proportion_distance"]]
+            whole += [row["accuracy"], row["proportion_error"], row["proportion_distance"], row["boundary_f1"], row["ece"]]
             writer.writerow([block["name"], row["map"], "(all)", *("" if v is None else v for v in whole)])
     return stream.getvalue()
 
@@ -333,10 +438,20 @@ def format_table(result: Mapping[str, Any]) -> str:
     if result["without_mask"]:
         lines.append(f"without mask, left out: {', '.join(result['without_mask'])}")
     for block in result["blocks"]:
-        head = [block["name"], "mIoU", "mDice", "accuracy", "prop. error", *(f"IoU {name}" for name in block["classes"])]
+        head = [
+            block["name"],
+            "mIoU",
+            "mDice",
+            "accuracy",
+            "prop. error",
+            "boundary F1",
+            "ECE",
+            *(f"IoU {name}" for name in block["classes"]),
+        ]
         table = [head]
         for row in block["rows"]:
             values = [row["miou"], row["mdice"], row["accuracy"], row["proportion_error"]]
+            values += [row.get("boundary_f1"), row.get("ece")]  # files of earlier versions have none
             values += [row["iou"][name] for name in block["classes"]]
             table.append([row["map"], *map(number, values)])
         widths = [max(map(len, column)) for column in zip(*table)]

@@ -9,7 +9,9 @@ import pytest
 import tifffile
 from PIL import Image
 
+from monai_vslp.io.ome_tiff import write_ome_tiff
 from monai_vslp.io.summary import build_summary
+from monai_vslp.metrics.segmentation import boundary_f1, expected_calibration_error
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import ImageReadError, InputError
 from monai_vslp.workflows.evaluate import evaluate, format_table
@@ -243,3 +245,70 @@ def test_reports_are_made_again_and_show_the_evaluation(cohort, caplog):
     assert report(output / "a") == output / "a" / "report.html"
     with pytest.raises(InputError, match="monai-vslp segment"):
         report(masks)
+
+
+def _with_confidences(cohort, names=("a", "b", "c")):
+    """8-bit probabilities behind the labels of both maps; returns those of the first two inputs as fractions."""
+    output, _, data = cohort
+    given = {}
+    for stem in names:
+        for key, file, labels in (("argmax", "confidence", 1), ("refined", "segmentation", 0)):
+            codes = RNG.integers(0, 80, (3, 9, 14))
+            chosen = data[stem][labels] if stem in data else np.zeros((9, 14), int)
+            rows, columns = np.nonzero(chosen < 3)
+            codes[chosen[rows, columns], rows, columns] = RNG.integers(90, 96, len(rows))
+            codes[2] += 255 - codes.sum(axis=0)  # on the simplex
+            codes = np.where(codes.argmax(axis=0) == chosen, codes, np.where(np.arange(3)[:, None, None] == chosen, 255, 0))
+            write_ome_tiff(output / stem / f"{file}.tif", codes.astype(np.uint8), channels=CLASSES, pyramid=False)
+            given[stem, key] = codes / 255.0
+    return given
+
+
+def test_boundaries_are_means_over_images_and_calibration_counts_all_pixels_together(cohort):
+    output, masks, data = cohort
+    given = _with_confidences(cohort)
+    blocks = evaluate(output, masks, groups={"gland": ["benign", "malignant"]}, tolerance=0.0)["blocks"]
+    unite = np.array([0, 1, 1] + [255] * 253)
+    for key, index in (("argmax", 1), ("refined", 0)):
+        common = {s: np.where((m[0] == 255) | (m[1] == 255), 255, m[2]) for s, m in data.items()}
+        whole, group = (next(row for row in block["rows"] if row["map"] == key) for block in blocks)
+        f1 = [boundary_f1(data[s][index], common[s], 0.0) for s in data]
+        assert whole["boundary_f1"] == pytest.approx(np.mean(f1)) and 0 < np.mean(f1) < 1
+        f1 = [boundary_f1(unite[data[s][index]], unite[common[s]], 0.0) for s in data]
+        assert group["boundary_f1"] == pytest.approx(np.mean(f1))
+        probabilities = np.concatenate([given[s, key] for s in data], axis=1)
+        target = np.concatenate([common[s] for s in data])
+        assert whole["ece"] == pytest.approx(expected_calibration_error(probabilities, target)) and whole["ece"] > 0
+    with open(output / "evaluation.csv", newline="", encoding="utf-8") as file:
+        row = next(row for row in csv.DictReader(file) if row["map"] == "refined" and row["class"] == "(all)")
+    assert float(row["boundary_f1"]) == pytest.approx(blocks[0]["rows"][1]["boundary_f1"])
+    assert float(row["ece"]) == pytest.approx(blocks[0]["rows"][1]["ece"])
+
+
+def test_calibration_of_united_classes_in_closed_form(tmp_path):
+    """Of each pixel's probability .4 + .2 belongs to glands, and half of the pixels are glands: the error is 1/10."""
+    _output(tmp_path / "out" / "a", np.ones((4, 6), int))
+    codes = np.broadcast_to(np.array([102, 102, 51])[:, None, None], (3, 4, 6)).astype(np.uint8)
+    write_ome_tiff(tmp_path / "out" / "a" / "segmentation.tif", codes, channels=CLASSES, pyramid=False)
+    mask = np.zeros((4, 6), int)
+    mask[:2] = 2
+    _save(tmp_path / "masks" / "a.png", mask)
+    whole, group = evaluate(tmp_path / "out", tmp_path / "masks", groups={"gland": ["benign", "malignant"]})["blocks"]
+    assert group["rows"][1]["ece"] == pytest.approx(0.6 - 0.5)
+    assert whole["rows"][1]["ece"] == pytest.approx(0.4)  # benign everywhere, right nowhere
+    assert whole["rows"][0]["ece"] is None, "there is no confidence.tif"
+
+
+def test_no_calibration_where_an_image_has_no_confidences(cohort, caplog):
+    output, masks, _ = cohort
+    assert evaluate(output, masks)["blocks"][0]["rows"][1]["ece"] is None
+    _with_confidences(cohort, ["a"])
+    result = evaluate(output, masks)
+    assert result["blocks"][0]["rows"][1]["ece"] is None and "ECE" in format_table(result)
+    report(output)
+    assert "Mean IoU" in (output / "report.html").read_text(encoding="utf-8")
+    tifffile.imwrite(output / "a" / "segmentation.tif", np.zeros((3, 4, 5), np.uint8))
+    with pytest.raises(ImageReadError, match=r"segmentation\.tif holds"):
+        evaluate(output, masks)
+    with pytest.raises(InputError, match="tolerance"):
+        evaluate(output, masks, tolerance=-1)

@@ -150,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help="compare methods on data sets, noise levels and seeds, and make tables")
     benchmark.add_argument("config", type=Path, metavar="CONFIG", help="JSON as configs/benchmark_example.json")
     benchmark.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write or continue")
+    benchmark.add_argument(
+        "--only", action="append", metavar="PATTERN", help="a data set, table, method or seed<k>; repeatable"
+    )
     benchmark.add_argument("--jobs", type=int, default=1, metavar="N", help="tasks at a time (default: 1)")
 
     report = commands.add_parser("report", help="write the HTML reports anew")
@@ -198,7 +201,8 @@ def _run(options: argparse.Namespace) -> int:
         )
         print(f"Learned: {folder}. 'monai-vslp segment INPUT --model {options.model} --output OUT' uses it.")
     elif options.command == "benchmark":
-        print(workflows.run_benchmark(options.config, options.output, jobs=options.jobs, progress=progress))
+        print(workflows.run_benchmark(options.config, options.output, only=options.only, jobs=options.jobs, progress=progress))
+        return 1 if (options.output / "failed.csv").exists() else 0
     elif options.command == "public":
         cohort = read_public(options.name, options.root, seed=options.seed)
         for line in cohort.verify().items():

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import monai_vslp
 from monai_vslp.data.public import read_public
@@ -44,6 +45,23 @@ def _group(text: str) -> tuple[str, list[str]]:
     return name, members.split(",")
 
 
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    """What ``train`` and ``cross-validate`` have in common."""
+    parser.add_argument("--backbone", metavar="NAME", help="timm model (default: a small transformer trained from scratch)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="local weights of the backbone (.safetensors, .pt)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the images")
+    parser.add_argument("--mpp", type=float, metavar="X", help="µm/px of the images, needed to segment slides")
+    parser.add_argument("--finetune", action="store_true", help="train the backbone too, not the head alone")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of self-training at most (default: 1)")
+    parser.add_argument(
+        "--enclosing", type=_names, default=[], metavar="CLASS,CLASS", help="classes without holes, such as glands"
+    )
+    parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep features of frozen backbones for other runs")
+    parser.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="monai-vslp", description="Tissue maps from tissue percentages: train, segment, evaluate, report."
@@ -60,19 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("table", type=Path, metavar="TABLE", help="CSV: image,split,patient,<one column per class>")
     train.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that image names are relative to")
     train.add_argument("--output", type=Path, required=True, metavar="RUN", help="bundle folder to write or continue")
-    train.add_argument("--backbone", metavar="NAME", help="timm model (default: a small transformer trained from scratch)")
-    train.add_argument("--weights", type=Path, metavar="FILE", help="local weights of the backbone (.safetensors, .pt)")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--epochs", type=int, metavar="N", help="passes over the images")
-    train.add_argument("--mpp", type=float, metavar="X", help="µm/px of the images, needed to segment slides")
-    train.add_argument("--finetune", action="store_true", help="train the backbone too, not the head alone")
-    train.add_argument("--rounds", type=int, metavar="N", help="rounds of self-training at most (default: 1)")
-    train.add_argument(
-        "--enclosing", type=_names, default=[], metavar="CLASS,CLASS", help="classes without holes, such as glands"
+    _training_options(train)
+
+    crossed = commands.add_parser(
+        "cross-validate", help="train on all patients but some, in turn, and say how well proportions of the others are met"
     )
-    train.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep features of frozen backbones for other runs")
-    train.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
-    train.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
+    crossed.add_argument("table", type=Path, metavar="TABLE", help="as for 'train'; rows of split 'test' are left out")
+    crossed.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that image names are relative to")
+    crossed.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write or continue")
+    crossed.add_argument(
+        "--folds", type=int, default=5, metavar="N", help="parts that the patients are divided into (default: 5)"
+    )
+    crossed.add_argument(
+        "--nested", action="store_true", help="let the next fold choose the best epoch, so that each fold is wholly unseen"
+    )
+    crossed.add_argument("--jobs", type=int, default=1, metavar="N", help="folds at a time (default: 1)")
+    crossed.add_argument("--tracking", action="store_true", help="log the whole to MLflow, in OUT unless a URI is given")
+    _training_options(crossed)
 
     regularizer = commands.add_parser("train-regularizer", help="learn a regularizer for a trained network, without masks")
     regularizer.add_argument("model", type=Path, metavar="RUN", help="bundle folder of 'train'")
@@ -160,6 +182,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _training_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of :func:`_training_options`."""
+    return {
+        "backbone": options.backbone,
+        "weights": options.weights,
+        "seed": options.seed,
+        "epochs": options.epochs,
+        "mpp": options.mpp,
+        "finetune": options.finetune,
+        "rounds": options.rounds,
+        "enclosing": options.enclosing,
+        "feature_cache": options.feature_cache,
+        "restart": options.restart,
+        "tracking_uri": options.tracking_uri,
+    }
+
+
 def _run(options: argparse.Namespace) -> int:
     from monai_vslp import workflows
 
@@ -167,24 +206,21 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "demo":
         workflows.demo(options.output, seed=options.seed, progress=progress)
     elif options.command == "train":
-        run = workflows.train(
+        run = workflows.train(options.table, options.images, options.output, progress=progress, **_training_arguments(options))
+        print(f"Trained. Segment with: monai-vslp segment INPUT --model {run} --output OUT")
+    elif options.command == "cross-validate":
+        report = workflows.cross_validate(
             options.table,
             options.images,
             options.output,
-            backbone=options.backbone,
-            weights=options.weights,
-            seed=options.seed,
-            epochs=options.epochs,
-            mpp=options.mpp,
-            finetune=options.finetune,
-            rounds=options.rounds,
-            enclosing=options.enclosing,
-            feature_cache=options.feature_cache,
-            restart=options.restart,
-            tracking_uri=options.tracking_uri,
+            folds=options.folds,
+            nested=options.nested,
+            jobs=options.jobs,
+            tracking=options.tracking,
             progress=progress,
+            **_training_arguments(options),
         )
-        print(f"Trained. Segment with: monai-vslp segment INPUT --model {run} --output OUT")
+        print(f"Report: {report}")
     elif options.command == "train-regularizer":
         folder = workflows.train_regularizer(
             options.model,

@@ -9,6 +9,7 @@ from monai_vslp.data.bags import (
     prepare_bags,
 )
 from monai_vslp.data.cohort import Cohort, Record, read_cohort, write_table
+from monai_vslp.data.folds import assign_folds, divide, write_fold_table
 from monai_vslp.data.images import check_images, image_size, list_images, read_image
 from monai_vslp.data.proportions import ProportionLabel, combine_raters, parse_entry, parse_row
 from monai_vslp.data.raters import simulate_raters
@@ -26,6 +27,7 @@ __all__ = [
     "Cohort",
     "ConfidenceStacks",
     "FeatureBagDataset",
+    "assign_folds",
     "bag_keys",
     "HeldOutMaps",
     "ProportionLabel",
@@ -38,6 +40,7 @@ __all__ = [
     "check_images",
     "collate_bags",
     "combine_raters",
+    "divide",
     "fingerprint",
     "image_size",
     "list_images",
@@ -50,5 +53,6 @@ __all__ = [
     "read_image",
     "simulate_raters",
     "stack_keys",
+    "write_fold_table",
     "write_table",
 ]

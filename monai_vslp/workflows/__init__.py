@@ -1,6 +1,7 @@
 """What a command does, one readable page each."""
 
 from monai_vslp.workflows.benchmark import run_benchmark
+from monai_vslp.workflows.cross_validation import cross_validate, predict_proportions, score_predictions
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
 from monai_vslp.workflows.pictures import ConfidencePicture, picture_regularizer
@@ -16,14 +17,17 @@ __all__ = [
     "ConfidencePicture",
     "SlidePipeline",
     "choose",
+    "cross_validate",
     "datalist",
     "demo",
     "evaluate",
     "format_table",
     "picture_regularizer",
+    "predict_proportions",
     "pretrain",
     "report",
     "run_benchmark",
+    "score_predictions",
     "segment",
     "target_strength",
     "train",

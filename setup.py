@@ -40,7 +40,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["monai_vslp", "monai_vslp.*"]), "monai_vslp._bundles"],
     package_dir={"monai_vslp": "monai_vslp", "monai_vslp._bundles": "bundles"},
-    package_data={"monai_vslp._bundles": ["**/*"]},
+    package_data={"monai_vslp._bundles": ["**/*"], "monai_vslp.recipes": ["*.json"]},
     install_requires=[
         "torch>=2.4",
         "monai>=1.5",

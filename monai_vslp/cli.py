@@ -57,6 +57,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enclosing", type=_names, default=[], metavar="CLASS,CLASS", help="classes without holes, such as glands"
     )
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="fit the head as a method for comparison does, such as llp_vat, or by a JSON file"
+    )
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep features of frozen backbones for other runs")
     parser.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
@@ -193,6 +196,7 @@ def _training_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "finetune": options.finetune,
         "rounds": options.rounds,
         "enclosing": options.enclosing,
+        "recipe": options.recipe,
         "feature_cache": options.feature_cache,
         "restart": options.restart,
         "tracking_uri": options.tracking_uri,

@@ -2,6 +2,7 @@
 
 from monai_vslp.networks.adapters import adapter_state_dict, add_lora, load_adapters, merge_lora, trainable_parameters
 from monai_vslp.networks.backbone import TokenBackbone, load_weights
+from monai_vslp.networks.baseline_heads import ActivationMapHead, ClusterHead, MaskedHead, fit_clusters, mark_background
 from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions, token_mass
 from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
 from monai_vslp.networks.projection import fit_projection
@@ -11,18 +12,23 @@ from monai_vslp.networks.tta import SYMMETRIES, TTA_GROUPS, TTAConfidence, train
 __all__ = [
     "SYMMETRIES",
     "TTA_GROUPS",
+    "ActivationMapHead",
     "AdditiveHead",
+    "ClusterHead",
     "ConfidenceNet",
     "DenseHead",
     "HeadFirst",
+    "MaskedHead",
     "PatchHead",
     "TTAConfidence",
     "TokenBackbone",
     "adapter_state_dict",
     "add_lora",
+    "fit_clusters",
     "fit_projection",
     "load_adapters",
     "load_weights",
+    "mark_background",
     "merge_lora",
     "parameter_groups",
     "pool_proportions",

@@ -13,12 +13,15 @@ from torch import nn
 
 from monai_vslp.networks.adapters import add_lora
 from monai_vslp.networks.backbone import TokenBackbone
+from monai_vslp.networks.baseline_heads import ActivationMapHead, ClusterHead, MaskedHead
 from monai_vslp.networks.feature_cache import FeatureCache
 from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
 from monai_vslp.utils.errors import InputError
 
 __all__ = ["ConfidenceNet", "pool_proportions", "token_mass"]
 
+BASELINES = {"activation_map": ActivationMapHead, "masked": MaskedHead}  # without options
+HEADS = ("dense", "patch", "additive", "clusters", *BASELINES)
 WINDOW_BATCH = 32  # windows that go through the backbone together; bounds memory for large inputs
 
 
@@ -103,8 +106,11 @@ class ConfidenceNet(nn.Module):
             (:func:`~monai_vslp.networks.projection.fit_projection`); all where there are
             fewer; None for the features themselves.
         head: ``dense`` (a softmax per token), ``patch`` (a softmax per window), or ``additive`` (``dense`` and linear, plus a
-            correction by a hidden layer that is 0 at the start).
-        hidden: width of a hidden layer in the head; 0 for a linear one; of the correction of an additive head.
+            correction by a hidden layer that is 0 at the start); of methods for comparison ``activation_map``, ``masked``,
+            ``clusters`` (:mod:`monai_vslp.networks.baseline_heads`).
+        hidden: width of a hidden layer in the head; 0 for a linear one; of the correction of an additive head; clusters.
+        context: of an additive head, edges of the squares of tokens around a token that it sees, such as ``[1, 9, 31]``; None
+            for the token alone.
         dropout: dropout before the head.
         window: edge of the windows in px of what the backbone sees, a multiple of its stride (of the coarsest block's, where
             they differ); None to see the whole input at once.
@@ -136,6 +142,7 @@ class ConfidenceNet(nn.Module):
         rank: int | None = None,
         head: str = "dense",
         hidden: int = 0,
+        context: Sequence[int] | None = None,
         dropout: float = 0.0,
         window: int | None = 224,
         magnifications: Sequence[float] | None = None,
@@ -150,8 +157,10 @@ class ConfidenceNet(nn.Module):
         super().__init__()
         if in_channels != 3:
             raise InputError(f"ConfidenceNet takes RGB images (3 channels), got in_channels = {in_channels}.")
-        if head not in ("dense", "patch", "additive"):
-            raise InputError(f"head must be one of dense, patch, additive, got {head!r}.")
+        if head not in HEADS:
+            raise InputError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
+        if context is not None and head != "additive":
+            raise InputError(f"context {context} is for the additive head, got the head {head!r}.")
         self.backbone = TokenBackbone(backbone, blocks, weights, pretrained, **(backbone_kwargs or {}))
         scales = sorted(float(scale) for scale in ([1.0] if magnifications is None else magnifications))
         if not scales or scales[0] <= 0 or any(scales[-1] % scale for scale in scales):
@@ -183,7 +192,11 @@ class ConfidenceNet(nn.Module):
         if head == "dense":
             self.head: nn.Module = DenseHead(channels, num_classes, hidden, dropout)
         elif head == "additive":
-            self.head = AdditiveHead(channels, num_classes, hidden or channels, dropout)
+            self.head = AdditiveHead(channels, num_classes, hidden or channels, dropout, context or (1,))
+        elif head == "clusters":
+            self.head = ClusterHead(channels, num_classes, hidden)
+        elif head in BASELINES:
+            self.head = BASELINES[head](channels, num_classes)
         else:
             tokens = None if window is None else window // self.stride
             self.head = PatchHead(channels, num_classes, hidden, dropout, tokens)

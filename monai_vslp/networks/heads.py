@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import nn
 
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["AdditiveHead", "DenseHead", "PatchHead"]
+__all__ = ["AdditiveHead", "DenseHead", "PatchHead", "neighbourhood_mean"]
 
 
 class DenseHead(nn.Sequential):
@@ -40,29 +41,63 @@ class DenseHead(nn.Sequential):
         super().__init__(*layers)
 
 
+def neighbourhood_mean(x: torch.Tensor, edge: int) -> torch.Tensor:
+    """Mean over the square around each token, as far as the map reaches.
+
+    Args:
+        x: shape ``[B, F, h, w]``.
+        edge: of the square in tokens, odd; 1 gives ``x``.
+
+    Returns:
+        Shape ``[B, F, h, w]``.
+    """
+    if edge == 1:
+        return x
+    half = edge // 2  # rows, then columns: the mean over a square is that of means over lines, cut off at the border or not
+    x = F.avg_pool2d(x, (edge, 1), 1, (half, 0), count_include_pad=False)
+    return F.avg_pool2d(x, (1, edge), 1, (0, half), count_include_pad=False)
+
+
 class AdditiveHead(nn.Module):
-    r"""Linear class logits per token plus a correction,
+    r"""Linear class logits of a token and of its surroundings, plus a correction,
 
-    .. math:: z = W x + b + B\,\mathrm{GELU}(A x + a),
+    .. math:: z_i = \sum_k W_k\,\bar x_i^{(k)} + b + B\,\mathrm{GELU}(A x_i + a),
 
-    with :math:`W = 0`, :math:`b = 0` and :math:`B = 0` at the start, which says nothing about any class. Fitted as a linear
-    head, it can learn the correction later from a teacher's maps.
+    where :math:`\bar x_i^{(k)}` is the mean over the k-th square around token i (:func:`neighbourhood_mean`; linear, so
+    that means of logits are taken), with :math:`W = 0`, :math:`b = 0` and :math:`B = 0` at the start, which says
+    nothing about any class. Fitted as a linear head, it can learn the correction later from a teacher's maps.
 
     Args:
         channels: feature channels.
         num_classes: classes.
         hidden: rows of :math:`A`.
         dropout: share of hidden values dropped in training.
+        context: edges of the squares in tokens, odd; ``(1,)`` for the token alone.
+
+    Raises:
+        InputError: no context, or an even or non-positive edge.
     """
 
-    def __init__(self, channels: int, num_classes: int, hidden: int = 128, dropout: float = 0.0) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, hidden: int = 128, dropout: float = 0.0, context: Sequence[int] = (1,)
+    ) -> None:
         super().__init__()
-        self.linear = nn.Conv2d(channels, num_classes, 1)
+        if not context or any(edge < 1 or edge % 2 == 0 for edge in context):
+            raise InputError(
+                f"context lists edges of squares in tokens, odd and at least 1 (such as [1, 9, 31]), got {context}."
+            )
+        self.context = tuple(context)
+        self.linear = nn.Conv2d(channels, num_classes * len(self.context), 1)
         self.correction = nn.Sequential(
             nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Dropout(dropout), nn.Conv2d(hidden, num_classes, 1, bias=False)
         )
         for weight in (self.linear.weight, self.linear.bias, self.correction[-1].weight):
             nn.init.zeros_(weight)
+
+    def linear_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, C, h, w]`` without the correction."""
+        parts = self.linear(features).chunk(len(self.context), dim=1)
+        return torch.stack([neighbourhood_mean(part, edge) for part, edge in zip(parts, self.context)]).sum(dim=0)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -72,7 +107,7 @@ class AdditiveHead(nn.Module):
         Returns:
             Logits ``[B, C, h, w]``.
         """
-        return self.linear(features) + self.correction(features)
+        return self.linear_logits(features) + self.correction(features)
 
 
 class PatchHead(DenseHead):

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from monai_vslp.data.bags import fingerprint
 from monai_vslp.data.cohort import Cohort, read_cohort
 from monai_vslp.data.images import check_images
 from monai_vslp.networks.backbone import load_weights
-from monai_vslp.utils.atomic import atomic_path
+from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows.bundle import create_run, read_config, run_config
 
-__all__ = ["FROM_SCRATCH", "train"]
+__all__ = ["FROM_SCRATCH", "RECIPES", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,19 @@ FROZEN: dict[str, Any] = {
 }
 DEFAULT_BACKBONE = "vit_tiny_patch16_224"
 GATE = 1.05  # a round may meet held-out proportions this much worse: some tens of images tell no finer differences
+# Fits that are tried in turn where images are held out, each against the one before: edges of squares of tokens whose mean the
+# head sees too, and a ridge so many times as large. The first that does not meet held-out proportions better ends the search.
+FITS: tuple[dict[str, Any], ...] = ({}, {"context": [1, 9, 31]}, {"context": [1, 9, 31], "ridge": 0.25})
+BETTER = 0.95  # of the error before; a smaller gain is chance
 # Of proportions that people estimated: decided tokens average out errors of single images, and pseudo-labels doubt them too.
 ESTIMATED: dict[str, Any] = {"entropy_weight": 0.3, "target_trust": 3.0}
+RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.json")))
+RECIPE = "recipe.json"  # its copy in a run
 STEP = 0.05  # people estimate in multiples of it
 ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
+FIT = "fit{}"  # folders in models/ of the fits that were tried
+NO_SETTINGS = ("table", "dataset_dir", "weights", "tracking_uri", "feature_cache", "rounds", "enclosing", "mpp")  # of the fit
 ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
 
 
@@ -87,6 +97,7 @@ def train(
     finetune: bool = False,
     rounds: int | None = None,
     enclosing: Sequence[str] = (),
+    recipe: str | Path | None = None,
     feature_cache: str | Path | None = None,
     restart: bool = False,
     tracking_uri: str | None = None,
@@ -95,9 +106,10 @@ def train(
 ) -> Path:
     """Train on the rows of split ``train``, watch those of ``val``, and leave a usable bundle folder.
 
-    With weights the backbone is frozen, its features are kept, and a head is fitted to the proportions of all images together;
-    rounds of self-training follow, in which a more flexible head learns the maps that the first one and the proportions
-    agree on. A round counts unless the proportions of held-out images (split ``val``) are met worse by 5 % after it.
+    With weights the backbone is frozen, its features are kept, and a head is fitted to the proportions of all images together.
+    Where the proportions of held-out images (split ``val``) are met better by 5 % if the head sees the surroundings of tokens
+    too, it does. Otherwise rounds of self-training follow, in which a more flexible head learns the maps that the first one
+    and the proportions agree on; a round counts unless held-out proportions are met worse by 5 % after it.
     Proportions that people estimated (raters disagree, or all entries are multiples of 5 %) get a stronger entropy term and
     pseudo-labels that doubt them.
     ``finetune`` trains the backbone too. Without weights and backbone a small transformer is trained from scratch.
@@ -113,8 +125,12 @@ def train(
         epochs: passes over the bags; None for the default.
         mpp: µm/px of the images, needed for slides; None takes the table's column ``mpp``.
         finetune: train the backbone too.
-        rounds: of self-training at most, with a frozen backbone and images of split ``val``; None for 1.
-        enclosing: names of classes without holes, such as glands with their lumens: self-training learns the holes too.
+        rounds: of self-training at most, with a frozen backbone and images of split ``val``; then the head sees tokens alone.
+            None for 1 unless it sees their surroundings.
+        enclosing: names of classes without holes, such as glands with their lumens: self-training learns the holes too, so
+            that ``rounds`` is at least 1 unless it is given.
+        recipe: another way to fit a head to the same bags: one of :data:`RECIPES`, or a JSON file of the same kind, an overlay
+            of ``train.json`` and ``train_head.json``. No surroundings and no rounds then. None for the way above.
         feature_cache: folder where features of frozen backbones are kept for other runs too; None to keep none.
         restart: throw away an earlier run in ``output``.
         tracking_uri: MLflow server or store; SQLite in ``output`` by default.
@@ -138,6 +154,8 @@ def train(
         raise InputError(f"enclosing names {unknown[0]!r}, which is no class of {table}; it has {', '.join(cohort.classes)}.")
     if rounds is not None and rounds < 0:
         raise InputError(f"rounds of self-training must be at least 0, got {rounds}.")
+    overlay = {} if recipe is None else _recipe(recipe, weights is not None and not finetune)
+    overlay = {key: overrides.get(key, value) for key, value in overlay.items()}
     if weights is not None:
         load_weights(weights)  # a damaged file is found before the images are read
     if (run / "configs").exists() and restart:
@@ -171,19 +189,96 @@ def train(
         "feature_cache": None if feature_cache is None else str(Path(feature_cache).absolute()),
         "mpp": scale if scale is not None else ASSUMED_MPP,
         **({} if epochs is None else {"epochs": epochs}),
+        **{key: value for key, value in overlay.items() if value is None or not isinstance(value, dict | list | tuple)},
         **overrides,
     }
-    if rounds is not None:
+    if overlay:
+        values["rounds"] = 0
+    elif rounds is not None:
         values["rounds"] = rounds
     create_run(run, values, cohort.classes)
     if not frozen:
         run_config(run, "train.json", progress=progress)
         return run
-    if not (run / "models" / ROUND.format(0) / "model.pt").is_file():
-        run_config(run, ["train.json", "train_head.json"], progress=progress)
-    _self_training(run, len(cohort.split("val")) > 0, progress)
-    shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all rounds, and may be large
+    held_out = len(cohort.split("val")) > 0
+    # Self-training draws single tokens: its head knows nothing of their surroundings.
+    alone = not held_out or rounds or enclosing or "context" in values or overlay
+    settings = {key: value for key, value in values.items() if key not in NO_SETTINGS}
+    settings["table"] = fingerprint(training.datalist())
+    configs = ["train.json", "train_head.json"]
+    if overlay:
+        configs.append(RECIPE)
+        write_json(run / "configs" / RECIPE, overlay)
+        settings["recipe"] = overlay
+    chosen = _fit_head(run, configs, FITS[:1] if alone else FITS, settings, progress)
+    if chosen:
+        create_run(run, values | chosen | {"rounds": 0}, cohort.classes)
+    _self_training(run, held_out, progress)
+    shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all fits and rounds, and may be large
     return run
+
+
+def _recipe(recipe: str | Path, frozen: bool) -> dict[str, Any]:
+    """The content of a recipe.
+
+    Raises:
+        InputError: there is none of that name, it cannot be read, or there is no frozen backbone to fit a head to.
+    """
+    path = RECIPE_FOLDER / f"{recipe}.json" if str(recipe) in RECIPES else Path(recipe)
+    if not frozen:
+        raise InputError(f"recipe {recipe} fits a head to a frozen backbone: give its weights, and no finetune.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"recipe {recipe} is neither a file nor one of {', '.join(RECIPES)}.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path} must be an object, an overlay of train.json and train_head.json.")
+    return values
+
+
+def _fit_head(
+    run: Path, configs: Sequence[str], fits: Sequence[dict[str, Any]], settings: dict[str, Any], progress: bool
+) -> dict[str, Any]:
+    """Fit heads in turn as long as held-out proportions are met better; ``models/round0`` holds the last that did so.
+
+    Returns:
+        Values of the configs that this head differs in.
+
+    Raises:
+        InputError: it was fitted before, with other settings.
+    """
+    models, first = run / "models", run / "models" / ROUND.format(0)
+    done = first / "fit.json"
+    if done.is_file():
+        found = json.loads(done.read_text(encoding="utf-8"))
+        changed = [k for k in {*settings, *found["settings"]} if settings.get(k) != found["settings"].get(k)]
+        if changed:
+            raise InputError(
+                f"{run} was trained with other settings ({', '.join(sorted(changed))}): continue with the same ones, choose "
+                "another output folder, or start afresh with --restart."
+            )
+        return found["chosen"]
+    ridge = read_config(run, "train_head.json")["ridge"]
+    chosen, folder, best = {}, None, None
+    for number, fit in enumerate(fits):
+        values = fit | ({"ridge": fit["ridge"] * ridge} if "ridge" in fit else {})
+        candidate = models / FIT.format(number)
+        run_config(run, configs, ckpt_dir=str(candidate), progress=progress, **values)
+        error = _best_error(candidate) if len(fits) > 1 else None
+        if number:
+            text = ", ".join(f"{key} {value}" for key, value in values.items())
+            logger.info("%s: mean error of held-out proportions %.4f, before %.4f.", text, error, best)
+            if error > BETTER * best:
+                break
+        chosen, folder, best = values, candidate, error
+    for name in ("history.json", "model.pt"):
+        for target in (models, first):
+            with atomic_path(target / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
+    write_json(done, {"chosen": chosen, "settings": settings})
+    return chosen
 
 
 def _estimated(cohort: Cohort) -> bool:
@@ -197,15 +292,12 @@ def _self_training(run: Path, held_out: bool, progress: bool) -> None:
     """Rounds of self-training as long as held-out proportions are met as well; ``models/model.pt`` is the last such network."""
     models = run / "models"
     rounds = read_config(run, "self_training.json")["rounds"]
-    first = models / ROUND.format(0)
-    if not (first / "model.pt").is_file():
-        for name in ("history.json", "model.pt"):
-            with atomic_path(first / name) as temporary:
-                shutil.copyfile(models / name, temporary)
-    if rounds and not held_out:
+    if rounds == 0:
+        return
+    if not held_out:
         logger.warning("No images of split 'val': rounds of self-training could not be judged, and are left out.")
         return
-    error = _best_error(first)
+    error = _best_error(models / ROUND.format(0))
     for number in range(1, rounds + 1):
         folder = models / ROUND.format(number)
         run_config(run, "self_training.json", round=number, progress=progress)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from monai_vslp.networks import AdditiveHead, ConfidenceNet, fit_projection
+from monai_vslp.networks.heads import neighbourhood_mean
 from monai_vslp.utils.errors import InputError
 
 VIT = {"backbone": "vit_tiny_patch16_224", "backbone_kwargs": {"depth": 2, "embed_dim": 48, "num_heads": 2}, "window": 32}
@@ -76,3 +77,31 @@ def test_additive_head_is_linear_until_it_learns():
     torch.testing.assert_close(head(x), head.linear(x))
     head(x).square().sum().backward()
     assert float(head.correction[-1].weight.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("edge", [1, 3, 9])
+def test_neighbourhood_mean_is_that_of_the_square_within_the_map(edge):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 8)
+    found = neighbourhood_mean(x, edge)
+    half = edge // 2
+    for i in range(6):
+        for j in range(8):
+            square = x[:, :, max(i - half, 0) : i + half + 1, max(j - half, 0) : j + half + 1]
+            torch.testing.assert_close(found[:, :, i, j], square.mean(dim=(2, 3)))
+
+
+def test_a_head_with_surroundings_is_linear_in_means_of_features():
+    torch.manual_seed(0)
+    head, x = AdditiveHead(5, 3, 7, context=(1, 3, 5)), torch.randn(2, 5, 7, 6)
+    with torch.no_grad():
+        head.linear.weight.normal_()
+        head.linear.bias.normal_()
+    parts = zip(head.linear.weight.chunk(3), head.linear.bias.chunk(3), (1, 3, 5))
+    expected = sum(torch.nn.functional.conv2d(neighbourhood_mean(x, edge), w, b) for w, b, edge in parts)
+    torch.testing.assert_close(head(x), expected)
+    for context in ((), (2,), (0,)):
+        with pytest.raises(InputError, match="odd"):
+            AdditiveHead(5, 3, context=context)
+    with pytest.raises(InputError, match="additive head"):
+        network(context=(1, 3))

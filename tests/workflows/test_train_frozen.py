@@ -16,10 +16,12 @@ from monai_vslp.workflows import segment, train
 from monai_vslp.workflows import train as train_workflow
 from monai_vslp.workflows.bundle import read_config
 
+RECIPES = train_workflow.__globals__["RECIPES"]
 _estimated = train_workflow.__globals__["_estimated"]
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-OPTIONS = {"backbone_kwargs": SMALL, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8, "epochs": 4, "progress": False}
+NETWORK = {"backbone_kwargs": SMALL, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8}
+OPTIONS = NETWORK | {"epochs": 4, "rounds": 1, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,42 @@ def test_without_held_out_images_there_is_no_round(cohort, local, tmp_path, capl
     assert "could not be judged" in caplog.text and not (target / "models" / "round1").exists()
 
 
+def errors_of_fits(monkeypatch, *values):
+    """Let the fits have these errors on held-out proportions."""
+    monkeypatch.setitem(train_workflow.__globals__, "_best_error", lambda folder: values[int(folder.name[-1])])
+
+
+def test_surroundings_are_taken_where_held_out_proportions_are_met_better(cohort, local, tmp_path, monkeypatch):
+    errors_of_fits(monkeypatch, 0.10, 0.08, 0.079)
+    target = run(cohort, local, tmp_path / "run", rounds=None)
+    kept, wide = state(target), state(target, "fit1/model.pt")
+    assert all(torch.equal(kept[key], wide[key]) for key in wide)
+    assert kept["head.linear.weight"].shape[0] == 3 * 2, "two classes, three squares"
+    assert (target / "models" / "fit2").is_dir() and not (target / "models" / "round1").exists()
+    for name in ("inference.json", "slide_inference.json", "train_regularizer.json"):
+        assert read_config(target, name)["context"] == [1, 9, 31]
+    ridge = read_config(target, "train_head.json")["ridge"]
+    image = sorted((cohort.parent / "images").glob("*.png"))[0]
+    assert segment([image], target, tmp_path / "out", progress=False) == {}
+    # The same command again changes nothing; another one is refused.
+    before = {path: path.stat().st_mtime_ns for path in (target / "models").rglob("*.pt")}
+    run(cohort, local, target, rounds=None)
+    assert before == {path: path.stat().st_mtime_ns for path in (target / "models").rglob("*.pt")}
+    assert read_config(target, "inference.json")["context"] == [1, 9, 31]
+    assert read_config(target, "train_head.json")["ridge"] == ridge
+    with pytest.raises(InputError, match="other settings.*epochs"):
+        run(cohort, local, target, rounds=None, epochs=5)
+
+
+def test_surroundings_that_gain_nothing_are_left_out(cohort, local, tmp_path, monkeypatch):
+    errors_of_fits(monkeypatch, 0.10, 0.096, 0.01)
+    target = run(cohort, local, tmp_path / "run", rounds=None)
+    assert not (target / "models" / "fit2").exists(), "the search ends with the first that is not better"
+    assert (target / "models" / "round1" / "model.pt").is_file()
+    assert read_config(target, "inference.json")["context"] is None
+    assert state(target)["head.linear.weight"].shape[0] == 2
+
+
 def test_features_are_shared_between_runs(cohort, local, tmp_path):
     run(cohort, local, tmp_path / "a", rounds=0, feature_cache=tmp_path / "features")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.pt")}
@@ -163,3 +201,30 @@ def test_estimates_are_told_from_measurements(cohort, tmp_path):
     table = tmp_path / "rounded.csv"
     table.write_text("\n".join(rounded) + "\n")
     assert _estimated(read_cohort(table, cohort.parent / "images").split("train"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_train_and_segment(cohort, local, tmp_path, recipe):
+    options = {"rounds": None, **({"hidden": 6} if recipe == "clusters" else {})}
+    target = run(cohort, local, tmp_path / "run", recipe=recipe, **options)
+    overlay = read_config(target, "recipe.json")
+    assert read_config(target, "inference.json")["head"] == overlay.get("head", "additive")
+    assert [p.name for p in sorted((target / "models").glob("fit*"))] == ["fit0"] and not (
+        target / "models" / "round1"
+    ).exists()
+    found = errors(target / "models" / "history.json")
+    assert len(found) == 4 and min(found) < 0.5
+    image = sorted((cohort.parent / "images").glob("*.png"))[0]
+    assert segment([image], target, tmp_path / "out", proportions=cohort, progress=False) == {}
+    with pytest.raises(InputError, match="other settings"):
+        run(cohort, local, target, rounds=0)
+
+
+def test_impossible_recipes(cohort, local, tmp_path):
+    with pytest.raises(InputError, match="neither a file nor one of.*llp_vat"):
+        run(cohort, local, tmp_path / "a", recipe="vat")
+    with pytest.raises(InputError, match="frozen backbone"):
+        train(cohort, cohort.parent / "images", tmp_path / "b", recipe="llp_vat")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(InputError, match="must be an object"):
+        run(cohort, local, tmp_path / "c", recipe=tmp_path / "list.json")

@@ -1,6 +1,7 @@
 """What a command does, one readable page each."""
 
 from monai_vslp.workflows.benchmark import run_benchmark
+from monai_vslp.workflows.bound import fit_to_masks
 from monai_vslp.workflows.cross_validation import cross_validate, predict_proportions, score_predictions
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
@@ -21,6 +22,7 @@ __all__ = [
     "datalist",
     "demo",
     "evaluate",
+    "fit_to_masks",
     "format_table",
     "picture_regularizer",
     "predict_proportions",

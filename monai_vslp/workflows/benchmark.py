@@ -26,11 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.utils import optional_import
 
 import monai_vslp
-from monai_vslp.data.cohort import SPLITS, read_cohort
+from monai_vslp.data.cohort import SPLITS, Cohort, read_cohort
+from monai_vslp.data.folds import assign_folds, patient_of
 from monai_vslp.data.images import check_images, image_size
 from monai_vslp.data.slides import is_slide
 from monai_vslp.handlers.tracking import MLflowTracker
@@ -39,8 +41,9 @@ from monai_vslp.networks.tta import TTA_GROUPS
 from monai_vslp.transforms.refinement import TRUST_RULES
 from monai_vslp.utils.atomic import write_json, write_text
 from monai_vslp.utils.errors import InputError
+from monai_vslp.workflows.bound import fit_to_masks
 from monai_vslp.workflows.bundle import CONFIGS, read_config, template
-from monai_vslp.workflows.evaluate import _find_mask, _grouping, _true_labels, evaluate
+from monai_vslp.workflows.evaluate import evaluate, find_mask, group_classes, true_labels
 from monai_vslp.workflows.regularizer import CONFIG as REGULARIZER_CONFIG
 from monai_vslp.workflows.regularizer import train_regularizer
 from monai_vslp.workflows.segment import segment
@@ -55,10 +58,11 @@ SEGMENTED = "segmented-{}"
 BULKY = ("models/bags", "models/checkpoint.pt", "regularizer/checkpoint.pt", "regularizer/stacks", "regularizer/tokens")
 KEYS = ("data", "noise", "seeds", "methods", "shared", "keep", "tracking")
 DATA_KEYS = ("images", "masks", "tables", "groups", "mpp", "score_split", "ignore_index")
-METHOD_KEYS = ("title", "train", "segment", "regularizer", "fit", "given")
-PATHS = ("weights", "feature_cache")  # values that are files or folders, relative to the config
+METHOD_KEYS = ("title", "train", "segment", "regularizer", "fit", "masks", "given")
+PATHS = ("weights", "feature_cache", "bag_dir")  # values that are files or folders, relative to the config
 FILES = ("weights",)  # those among them that a result depends on
-NEUTRAL = ("feature_cache", "tracking_uri")  # no result depends on them
+NEUTRAL = ("feature_cache", "bag_dir", "tracking_uri")  # no result depends on them
+SET = ("table", "images", "seed", "progress")  # of every function called here, by the task
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 EXPERIMENT = "monai_vslp_benchmark"
 HARD = ("inf", "hard")
@@ -82,6 +86,8 @@ class Task:
         segment: arguments of :func:`~monai_vslp.workflows.segment`.
         regularizer: arguments of :func:`~monai_vslp.workflows.train_regularizer`; None for none.
         fit: ``_target_`` and arguments of a function that writes the network; None for none.
+        supervised: folds and arguments of :func:`~monai_vslp.workflows.fit_to_masks`; None to learn from proportions alone.
+        folds: fold of each input, where masks are learned from.
         trained: digest of all that the trained network depends on.
         digest: digest of all that the scores depend on.
         keep: leave the maps where they are.
@@ -105,6 +111,8 @@ class Task:
     segment: dict[str, Any]
     regularizer: dict[str, Any] | None
     fit: dict[str, Any] | None
+    supervised: dict[str, Any] | None
+    folds: tuple[int, ...]
     trained: str
     digest: str
     keep: bool
@@ -242,6 +250,7 @@ class _Method:
     segment: dict[str, Any]
     regularizer: dict[str, Any] | None
     fit: dict[str, Any] | None
+    supervised: dict[str, Any] | None
     given: list[str] | None
     entry: dict[str, Any]  # as written, shared values included: what results depend on
 
@@ -274,14 +283,23 @@ def _methods(config: Mapping[str, Any], base: Path) -> dict[str, _Method]:
             _check_keys(regularizer, known["regularizer"], f"{where}: 'regularizer'")
         if segmenting.get("regularizer") == "learned" and regularizer is None:
             raise InputError(f"{where} segments with a learned regularizer but trains none; set its 'regularizer' to true.")
+        supervised = entry.get("masks")
+        if supervised is not None:
+            allowed = ["folds", *_arguments(fit_to_masks, (*SET, "run", "output", "masks", "ignore_index"))]
+            folds = _check_keys(supervised, allowed, f"{where}: 'masks'", ["folds"])["folds"]
+            if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+                raise InputError(f"{where}: folds must be a whole number from 2, got {folds!r}.")
+            if regularizer is not None:
+                raise InputError(f"{where} learns from masks; its bound has no learned regularizer.")
         given = entry.get("given")
-        written = {"train": training, "segment": segmenting, "regularizer": regularizer, "fit": fit}
+        written = {"train": training, "segment": segmenting, "regularizer": regularizer, "fit": fit, "masks": supervised}
         result[name] = _Method(
             title=str(entry.get("title", name)),
             train=None if training is None else _resolved(training, base, where),
             segment=segmenting,
             regularizer=None if regularizer is None else _resolved(regularizer, base, where),
             fit=None if fit is None else _resolved(fit, base, where),
+            supervised=supervised,
             given=None if given is None else _list(given, f"{where}: 'given'"),
             entry=written,
         )
@@ -316,6 +334,8 @@ class _Data:
     mpp: float | None
     ignore_index: int
     inputs: dict[str, tuple[Path, ...]]  # by table of the training
+    cohort: Cohort  # of the first table
+    split: str
     trained: dict[str, Any]  # what training depends on, by table
     scored: Any  # what scores depend on further
     contents: dict[str, str]  # digests of tables
@@ -385,8 +405,8 @@ def _data(name: str, entry: Any, base: Path, needed: Sequence[str], trained_with
         )
     ignore_index = entry.get("ignore_index", 255)
     groups = entry.get("groups") or None
-    _grouping(groups, first.classes)
-    found = {path: _find_mask(masks, path.stem) for path in inputs}
+    group_classes(groups, first.classes)
+    found = {path: find_mask(masks, path.stem) for path in inputs}
     if without := [path.name for path, mask in found.items() if mask is None]:
         raise InputError(
             f"{where}: {masks} has no mask for {len(without)} of {len(inputs)} images of split {split!r}: "
@@ -394,7 +414,7 @@ def _data(name: str, entry: Any, base: Path, needed: Sequence[str], trained_with
         )
     check_images(p for p in dict.fromkeys(r.image for c in cohorts.values() for r in c.records) if not is_slide(p))
     for path, mask in found.items():
-        shape = _true_labels(mask, first.classes, ignore_index).shape
+        shape = true_labels(mask, first.classes, ignore_index).shape
         if not is_slide(path) and shape != image_size(path):
             raise InputError(f"{where}: mask {mask} has {shape[1]} x {shape[0]} px, image {path} has "
                              f"{image_size(path)[1]} x {image_size(path)[0]} px; they must have one size.")  # fmt: skip
@@ -411,6 +431,8 @@ def _data(name: str, entry: Any, base: Path, needed: Sequence[str], trained_with
         mpp=mpp,
         ignore_index=ignore_index,
         inputs=dict.fromkeys(trained_with, inputs),
+        cohort=cohorts[trained_with[0]],
+        split=split,
         trained=seen,
         scored=[groups, split, ignore_index, [_stat(path) for path in inputs], [_stat(mask) for mask in found.values()]],
         contents=contents,
@@ -427,6 +449,19 @@ def _check_given(data: _Data, name: str, where: str) -> None:
             f"{where}: table {data.tables[name]} is given at segmentation, but has no proportions of {len(blank)} images that "
             f"are scored: {', '.join(blank[:5])}. Fill them in, or leave {name!r} out of 'given'."
         )
+
+
+def _folds(data: _Data, folds: int, where: str) -> tuple[int, ...]:
+    """Fold of each input, patients kept whole; the same for all methods and seeds."""
+    records = data.cohort.split(data.split).records
+    patients = [patient_of(record) for record in records]
+    if len(set(patients)) < folds:
+        raise InputError(f"{where}: {folds} folds need as many patients, got {len(set(patients))}.")
+    classes = len(data.cohort.classes)
+    even = np.full(classes, 1 / classes)
+    given = [even if record.proportions is None else record.proportions.mean for record in records]
+    found = dict(zip((record.image for record in records), assign_folds(patients, np.stack(given), folds).tolist()))
+    return tuple(found[path] for path in next(iter(data.inputs.values())))
 
 
 def _no_masks(values: Any, masks: Path, where: str) -> None:
@@ -482,12 +517,19 @@ def plan_benchmark(config: str | Path | Mapping[str, Any], output: str | Path) -
                 for part in (method.train, method.regularizer, method.fit):
                     _no_masks(part, data.masks, f"method {method_name!r}")
                 given = method.given if method.given is not None else [NONE, noise]
+                folds = _folds(data, method.supervised["folds"], f"method {method_name!r}") if method.supervised else ()
                 weights = [_stat(Path(p[key])) for p in (method.train, method.fit) if p for key in FILES if p.get(key)]
                 learned = {key: _without(method.entry[key], NEUTRAL) for key in ("train", "regularizer", "fit")}
                 for seed in seeds:
                     what = [monai_vslp.__version__, learned, weights, data.trained[noise], data.mpp, seed]
                     trained = _digest(what)
-                    scored = [trained, method.entry["segment"], {g: data.contents.get(g) for g in given}, data.scored]
+                    scored = [
+                        trained,
+                        method.entry["segment"],
+                        method.supervised,
+                        {g: data.contents.get(g) for g in given},
+                        data.scored,
+                    ]
                     tasks.append(
                         Task(
                             data=data_name,
@@ -508,6 +550,8 @@ def plan_benchmark(config: str | Path | Mapping[str, Any], output: str | Path) -
                             segment=method.segment,
                             regularizer=method.regularizer,
                             fit=method.fit,
+                            supervised=method.supervised,
+                            folds=folds,
                             trained=trained,
                             digest=_digest(scored),
                             keep=values.get("keep", False),
@@ -534,6 +578,15 @@ def _scores(task: Task) -> dict[str, Any] | None:
     return scores if scores.get("digest") == task.digest else None
 
 
+def _twin(task: Task) -> Path | None:
+    """The folder of another method whose network is the same one, and is trained."""
+    for state in sorted(task.folder.parents[1].glob(f"*/{task.folder.name}/{STATE}")):
+        values = _json(state)
+        if state.parent != task.folder and values.get("trained") == task.trained and values.get("complete"):
+            return state.parent
+    return None
+
+
 def _train(task: Task, progress: bool) -> float:
     """Train what is not trained yet; seconds spent on it, those before an interruption included."""
     run, state = task.folder / RUN, _json(task.folder / STATE)
@@ -545,6 +598,10 @@ def _train(task: Task, progress: bool) -> float:
         return state["seconds"]
     started = time.perf_counter()
     try:
+        if (twin := _twin(task)) is not None:
+            shutil.copytree(twin / RUN, run, dirs_exist_ok=True)
+            state = _json(twin / STATE)
+            return state["seconds"]
         if task.train is not None:
             train(task.table, task.images, run, seed=task.seed, mpp=task.mpp, progress=progress, **copy.deepcopy(task.train))
         if task.fit is not None:
@@ -563,23 +620,43 @@ def _train(task: Task, progress: bool) -> float:
     return state["seconds"]
 
 
+def _bounds(task: Task, progress: bool) -> list[tuple[Path, list[Path]]]:
+    """A run for each fold of the inputs, fitted to the masks of the others."""
+    options = {key: value for key, value in task.supervised.items() if key != "folds"}
+    result = []
+    for fold in sorted(set(task.folds)):
+        run = task.folder / f"fold{fold}"
+        seen = [path for path, its in zip(task.inputs, task.folds) if its != fold]
+        fit_to_masks(
+            task.folder / RUN,
+            run,
+            seen,
+            task.masks,
+            ignore_index=task.ignore_index,
+            seed=task.seed,
+            progress=progress,
+            **options,
+        )
+        result.append((run, [path for path, its in zip(task.inputs, task.folds) if its == fold]))
+    return result
+
+
 def _perform(task: Task, progress: bool) -> dict[str, Any]:
     """Train, segment, score one task; ``scores.json`` is written last."""
     train_seconds = _train(task, progress)
     results, segment_seconds = {}, {}
     options = copy.deepcopy(task.segment) | ({} if progress or "handlers" in task.segment else {"handlers": []})
+    parts = [(task.folder / RUN, list(task.inputs))]
+    if task.supervised is not None:
+        started = time.perf_counter()
+        parts = _bounds(task, progress)
+        train_seconds += time.perf_counter() - started
     for given, table in task.given.items():
         folder = task.folder / SEGMENTED.format(given)
         started = time.perf_counter()
-        failures = segment(
-            list(task.inputs),
-            task.folder / RUN,
-            folder,
-            proportions=table,
-            mpp=task.mpp,
-            progress=progress,
-            **options,
-        )
+        failures = {}
+        for run, inputs in parts:
+            failures |= segment(inputs, run, folder, proportions=table, mpp=task.mpp, progress=progress, **options)
         if failures:
             reasons = "; ".join(f"{stem}: {reason}" for stem, reason in failures.items())
             raise InputError(f"{len(failures)} of {len(task.inputs)} inputs could not be segmented: {reasons}")
@@ -783,13 +860,17 @@ def run_benchmark(
 
     - ``data``, by name: ``images`` and ``masks``, folders; ``tables``, by name of the noise, each a table with the same images;
       optional ``groups`` (see :func:`~monai_vslp.workflows.evaluate`), ``mpp`` (µm/px), ``score_split`` (``val``) and
-      ``ignore_index`` (255). Masks are needed of the split that is scored alone; nothing but the evaluation sees them.
+      ``ignore_index`` (255). Masks are needed of the split that is scored alone; nothing but the evaluation sees them, and
+      methods that say ``masks``.
     - ``noise``: names of the tables to train with. ``seeds``: whole numbers.
     - ``methods``, by name: ``title``; ``train``, arguments of :func:`~monai_vslp.workflows.train` and top-level values of the
       bundle's configs; ``segment``, likewise of :func:`~monai_vslp.workflows.segment`; ``regularizer``, true or arguments of
       :func:`~monai_vslp.workflows.train_regularizer`, false for none; ``fit``, ``{"_target_": dotted name, …}`` of a function
       called as ``fit(run=, table=, images=, seed=, progress=, …)`` after training, or in its place where the method has no
-      ``train``: it then writes the whole bundle folder, at least ``configs/inference.json`` and ``models/model.pt``; and
+      ``train``: it then writes the whole bundle folder, at least ``configs/inference.json`` and ``models/model.pt``;
+      ``masks``, ``{"folds": k, …}``, for the supervised bound of the network that ``train`` gives: of the images that are
+      scored, each fold of patients is segmented by a head fitted to the masks of the others
+      (:func:`~monai_vslp.workflows.fit_to_masks`, which takes the other values); and
       ``given``, names of the tables given at segmentation, ``none`` for none (by default none, and that of the training).
     - ``shared``: ``train`` and ``segment`` of all methods; a method's own values come first.
     - ``keep``: keep the segmented maps, which are removed after scoring otherwise.

@@ -38,7 +38,7 @@ REST = "rest"
 logger = logging.getLogger(__name__)
 
 
-def _find_mask(folder: Path, stem: str) -> Path | None:
+def find_mask(folder: Path, stem: str) -> Path | None:
     """The mask of an image: ``<stem>.png``, ``.tif``, ``.tiff`` or ``.bmp``, else the same after ``<stem>_mask``.
 
     Raises:
@@ -80,7 +80,7 @@ def _read_mask(path: Path) -> np.ndarray:
     return mask.astype(np.uint8) if mask.dtype.kind == "b" else mask
 
 
-def _true_labels(path: Path, classes: Sequence[str], ignore_index: int) -> np.ndarray:
+def true_labels(path: Path, classes: Sequence[str], ignore_index: int) -> np.ndarray:
     """A mask as uint8 labels, ``NO_TISSUE`` where it does not count."""
     mask = _read_mask(path)
     ignored = mask == ignore_index
@@ -132,7 +132,7 @@ def _on_mask_grid(labels: np.ndarray, shape: tuple[int, int], summary: Mapping[s
     return labels[rows[:, None], columns]
 
 
-def _grouping(groups: Mapping[str, Sequence[str]] | None, classes: Sequence[str]) -> dict[str, list[list[int]]]:
+def group_classes(groups: Mapping[str, Sequence[str]] | None, classes: Sequence[str]) -> dict[str, list[list[int]]]:
     """For each group the indices of the rest and of the group.
 
     Raises:
@@ -327,10 +327,10 @@ def evaluate(
         raise InputError(f"tolerance of boundaries must be at least 0 px, got {tolerance}.")
     summaries = _segmented(output)
     classes = next(iter(summaries.values()))["classes"]
-    grouping = _grouping(groups, classes)
+    grouping = group_classes(groups, classes)
     if not masks.is_dir():
         raise InputError(f"folder of masks {masks} does not exist.")
-    found = {stem: path for stem in summaries if (path := _find_mask(masks, stem)) is not None}
+    found = {stem: path for stem in summaries if (path := find_mask(masks, stem)) is not None}
     without = [stem for stem in summaries if stem not in found]
     if not found:
         stem = without[0]
@@ -342,7 +342,7 @@ def evaluate(
     agreements = {name: {key: _Agreement(unite) for key in MAPS} for name, unite in _unions(grouping, len(classes)).items()}
     annotated = 0
     for stem, path in found.items():
-        target = _true_labels(path, classes, ignore_index)
+        target = true_labels(path, classes, ignore_index)
         annotated += int((target != NO_TISSUE).sum())
 
         def placed(values: np.ndarray, target=target, stem=stem, path=path) -> np.ndarray:

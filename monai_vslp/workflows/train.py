@@ -67,7 +67,17 @@ RECIPE = "recipe.json"  # its copy in a run
 STEP = 0.05  # people estimate in multiples of it
 ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
 FIT = "fit{}"  # folders in models/ of the fits that were tried
-NO_SETTINGS = ("table", "dataset_dir", "weights", "tracking_uri", "feature_cache", "rounds", "enclosing", "mpp")  # of the fit
+NO_SETTINGS = (
+    "bag_dir",
+    "table",
+    "dataset_dir",
+    "weights",
+    "tracking_uri",
+    "feature_cache",
+    "rounds",
+    "enclosing",
+    "mpp",
+)  # of the fit
 ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
 
 

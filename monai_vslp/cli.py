@@ -13,6 +13,7 @@ from typing import Any
 
 import monai_vslp
 from monai_vslp.data.public import read_public
+from monai_vslp.networks.calibration import VARIANTS
 from monai_vslp.networks.tta import TTA_GROUPS
 from monai_vslp.transforms.refinement import TRUST_RULES
 from monai_vslp.utils.errors import InputError
@@ -32,6 +33,13 @@ def _trust(text: str) -> float | str:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"trust must be positive, 'inf', 'raters' or 'bounds', got {text}.")
     return value
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers and commas, such as 40,35,25, got {text!r}.") from error
 
 
 def _names(text: str) -> list[str]:
@@ -82,6 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that image names are relative to")
     train.add_argument("--output", type=Path, required=True, metavar="RUN", help="bundle folder to write or continue")
     _training_options(train)
+    tuning = train.add_argument_group("training a backbone (--finetune, or from scratch)")
+    tuning.add_argument("--adapters", type=int, metavar="RANK", help="train low-rank corrections of the backbone, such as 8")
+    tuning.add_argument("--layer-decay", type=float, metavar="D", help="rate of a layer over that of the next (default: 0.75)")
+    tuning.add_argument("--head-epochs", type=int, metavar="N", help="epochs of the head alone (default: a tenth)")
+    tuning.add_argument("--patience", type=int, metavar="N", help="stop after N epochs without better held-out proportions")
+    tuning.add_argument("--batch-size", type=int, metavar="N", help="images per step (default: 8)")
+    tuning.add_argument("--accumulation", type=int, metavar="N", help="batches whose gradients make one step (default: 1)")
+    tuning.add_argument("--grad-checkpointing", action="store_true", help="less memory, a third more time")
+    tuning.add_argument("--amp", action="store_true", help="mixed precision")
+    tuning.add_argument("--processes", type=int, default=1, metavar="N", help="share each batch among N processes (GPUs)")
 
     crossed = commands.add_parser(
         "cross-validate", help="train on all patients but some, in turn, and say how well proportions of the others are met"
@@ -139,6 +157,24 @@ def _parser() -> argparse.ArgumentParser:
     choose.add_argument("--table", type=Path, metavar="TABLE", help="proportions (default: the table of 'train')")
     choose.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of 'train')")
 
+    calibrate = commands.add_parser(
+        "calibrate", help="intervals of predicted proportions, offsets for other sites: from held-out images, no masks"
+    )
+    calibrate.add_argument("model", type=Path, metavar="RUN", help="bundle folder of 'train'")
+    calibrate.add_argument("--table", type=Path, metavar="TABLE", help="proportions (default: split val of that of 'train')")
+    calibrate.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of 'train')")
+    calibrate.add_argument("--output", type=Path, metavar="OUT", help="folder to write instead of RUN, to look at only")
+    calibrate.add_argument(
+        "--variant",
+        choices=(*VARIANTS, "auto"),
+        default="none",
+        help="fit confidences to proportions, auto: if patients left out say so (default: none, measure only)",
+    )
+    calibrate.add_argument("--level", type=float, default=0.9, metavar="L", help="of the intervals (default: 0.9)")
+    calibrate.add_argument("--site", type=Path, metavar="DIR", help="images of another hospital, for its mix of classes")
+    calibrate.add_argument("--site-table", type=Path, metavar="TABLE", help="proportions of images of the site")
+    calibrate.add_argument("--site-mean", type=_numbers, metavar="P,P,...", help="mean proportions of the site's images")
+
     segment = commands.add_parser("segment", help="segment images, folders or slides")
     segment.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
     segment.add_argument("--model", type=Path, required=True, metavar="RUN", help="bundle folder of 'train'")
@@ -159,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         help="total variation, or what 'train-regularizer' left (default: learned where there is one)",
     )
     segment.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
+    segment.add_argument("--no-calibration", action="store_true", help="take confidences as the network gives them")
     segment.add_argument("--overwrite", action="store_true", help="compute again what is done")
 
     evaluate = commands.add_parser("evaluate", help="compare segmentations with masks")
@@ -203,6 +240,14 @@ def _training_arguments(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _tuning_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of training a backbone, as top-level values of ``train.json``."""
+    names = ("layer_decay", "head_epochs", "patience", "batch_size", "accumulation")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given |= {name: True for name in ("grad_checkpointing", "amp") if getattr(options, name)}
+    return given | ({} if options.adapters is None else {"adapters": {"rank": options.adapters}})
+
+
 def _run(options: argparse.Namespace) -> int:
     from monai_vslp import workflows
 
@@ -210,7 +255,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "demo":
         workflows.demo(options.output, seed=options.seed, progress=progress)
     elif options.command == "train":
-        run = workflows.train(options.table, options.images, options.output, progress=progress, **_training_arguments(options))
+        run = workflows.train(
+            options.table,
+            options.images,
+            options.output,
+            processes=options.processes,
+            progress=progress,
+            **_training_arguments(options),
+            **_tuning_arguments(options),
+        )
         print(f"Trained. Segment with: monai-vslp segment INPUT --model {run} --output OUT")
     elif options.command == "cross-validate":
         report = workflows.cross_validate(
@@ -268,6 +321,20 @@ def _run(options: argparse.Namespace) -> int:
     elif options.command == "choose":
         for name, choice in workflows.choose(options.model, options.table, options.images, progress=progress).items():
             print(f"--{name} {choice}")
+    elif options.command == "calibrate":
+        written = workflows.calibrate(
+            options.model,
+            options.table,
+            options.images,
+            output=options.output,
+            variant=options.variant,
+            level=options.level,
+            site=options.site,
+            site_table=options.site_table,
+            site_mean=options.site_mean,
+            progress=progress,
+        )
+        print(f"Calibration: {written}, report: {(options.output or options.model) / 'calibration.md'}")
     elif options.command == "segment":
         failures = workflows.segment(
             options.inputs,
@@ -280,6 +347,7 @@ def _run(options: argparse.Namespace) -> int:
             views=options.tta,
             band=options.band,
             regularizer=options.regularizer,
+            calibration=not options.no_calibration,
             overwrite=options.overwrite,
             progress=progress,
         )

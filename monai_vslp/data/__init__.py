@@ -11,6 +11,7 @@ from monai_vslp.data.bags import (
 from monai_vslp.data.cohort import Cohort, Record, read_cohort, write_table
 from monai_vslp.data.folds import assign_folds, divide, write_fold_table
 from monai_vslp.data.images import check_images, image_size, list_images, read_image
+from monai_vslp.data.item_random import ItemRandomDataset
 from monai_vslp.data.proportions import ProportionLabel, combine_raters, parse_entry, parse_row
 from monai_vslp.data.raters import simulate_raters
 from monai_vslp.data.regularization import (
@@ -30,6 +31,7 @@ __all__ = [
     "assign_folds",
     "bag_keys",
     "HeldOutMaps",
+    "ItemRandomDataset",
     "ProportionLabel",
     "PseudoLabelTokens",
     "prepare_tokens",

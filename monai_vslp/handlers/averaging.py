@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from monai.engines import Evaluator
 from monai.utils import optional_import
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from monai_vslp.networks.adapters import merged_state_dict
 from monai_vslp.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,14 +63,23 @@ class WeightAverage:
         if self.average:
             get_ema_multi_avg_fn(decay)(list(self.average.values()), list(self._trained.values()), self.steps)
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The network has its averaged weights inside the context. Finish backward passes of its own weights before."""
+        self._show()
+        try:
+            yield
+        finally:
+            self._hide()
+
     @torch.no_grad()
-    def _show(self, engine: Engine) -> None:
+    def _show(self, engine: Engine | None = None) -> None:
         self._own = {name: value.detach().clone() for name, value in self._trained.items()}
         for name, value in self._trained.items():
             value.copy_(self.average[name])
 
     @torch.no_grad()
-    def _hide(self, engine: Engine, *args: BaseException) -> None:
+    def _hide(self, engine: Engine | None = None, *args: BaseException) -> None:
         if self._own is not None:
             for name, value in self._trained.items():
                 value.copy_(self._own[name])
@@ -77,8 +88,9 @@ class WeightAverage:
             raise error
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
-        """State dict of the network with its averaged weights."""
-        return {name: self.average.get(name, value) for name, value in self.network.state_dict().items()}
+        """State dict of the network with its averaged weights; of adapters, merged: whoever loads it needs to know of none."""
+        state = {name: self.average.get(name, value) for name, value in self.network.state_dict().items()}
+        return merged_state_dict(self.network, state)
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint keeps."""

@@ -91,8 +91,8 @@ def _markdown(
     if result["site"] is not None:
         site = result["site"]
         text += [
-            f"## Another site\n\nThe offsets above hold those of a site, from {KNOWN[site['known']]} ({site['images']} images). The "
-            "tables below are of the held-out images, without them.\n",
+            f"## Another site\n\nThe offsets above hold those of a site, from {KNOWN[site['known']]} ({site['images']} "
+            "images). The tables below are of the held-out images, without them.\n",
             _line(["class", "offset of the site", "mean before, %", "mean after, %"]),
             "|---|---:|---:|---:|",
         ]
@@ -100,17 +100,21 @@ def _markdown(
             means = (_percent(site[key][name]) for key in ("mean_before", "mean_after"))
             text.append(_line([name, f"{site['offset'][name]:+.3f}", *means]))
         text.append("")
-    half = interval["half_width"]
+    half, kinds = interval["half_width"], KINDS if result["variant"] != "none" else KINDS[:1]
+    after = "*After*: each image predicted by a calibration that has not seen its patient. " if len(kinds) > 1 else ""
+    chosen = (
+        "These images chose the best pass of the training, so errors are a little too small. " if result["selected"] else ""
+    )
     text += [
         "## Given against predicted proportions\n",
-        "*After*: each image predicted by a calibration that has not seen its patient. The line is given = slope · predicted "
+        f"{after}{chosen}The line is given = slope · predicted "
         "+ intercept: a slope below 1 says that predictions are too extreme, above 1 too timid. Errors and intercepts in "
         "percentage points.\n",
         _line(["class", "", "error", "mean of predicted − given", "slope", "intercept"]),
         "|---|---|---:|---:|---:|---:|",
     ]
     for k, name in enumerate(classes):
-        for kind in KINDS:
+        for kind in kinds:
             difference = predicted[kind][:, k] - given[:, k]
             values = [_percent(np.abs(difference).mean()), f"{100 * difference.mean():+.1f}"]
             text.append(_line([name, kind, *values, *_fitted(given[:, k], predicted[kind][:, k])]))
@@ -126,17 +130,22 @@ def _markdown(
             *(_line([name, _percent(value)]) for name, value in half.items()),
             "",
         ]
+        if counts["unnamed"]:
+            text.append(
+                f"Images that name no patient ({counts['unnamed']}) count as one each: where several are of one patient, these "
+                "intervals are too narrow.\n"
+            )
     error = np.abs(predicted["after"] - given).mean(axis=1)
     order = np.argsort(-error, kind="stable")[:WORST]
     text += [
-        f"## Images that fit worst\n\nThe {len(order)} with the largest errors after calibration: given, then before → after, in "
-        "%. Look for slips in these rows of the table, too.\n",
+        f"## Images that fit worst\n\nThe {len(order)} with the largest errors: given, then {' → '.join(kinds)} "
+        "calibration, in %. Look for slips in these rows of the table, too.\n",
         _line(["image", "patient", "error", *classes]),
         "|---|---|---:" + "|---:" * len(classes) + "|",
     ]
     for i in order:
         cells = [
-            f"{_percent(given[i, k])}: {_percent(predicted['before'][i, k])} → {_percent(predicted['after'][i, k])}"
+            f"{_percent(given[i, k])}: {' → '.join(_percent(predicted[kind][i, k]) for kind in kinds)}"
             for k in range(len(classes))
         ]
         text.append(_line([names[i], patients[i], _percent(error[i]), *cells]))
@@ -159,7 +168,7 @@ def _plot(result: Mapping[str, Any], given: np.ndarray, predicted: Mapping[str, 
             axis.fill_between(
                 x, x - 100 * half[name], x + 100 * half[name], color="#0072B2", alpha=0.1, linewidth=0, label=label
             )
-        for kind in KINDS:
+        for kind in KINDS if result["variant"] != "none" else KINDS[:1]:
             mark, color = MARKS[kind]
             x, y = 100 * predicted[kind][:, k], 100 * given[:, k]
             axis.plot(x, y, mark, color=color, markerfacecolor="none" if kind == "before" else color, label=kind)

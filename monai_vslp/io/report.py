@@ -258,6 +258,7 @@ def _bars(summary: Mapping[str, Any]) -> str:
     """Proportions per class as horizontal bars: given with whisker, network alone, refined."""
     proportions = summary["proportions"]
     spread = proportions.get("given_spread") or {}
+    bounds = (summary.get("interval") or {}).get("bounds") or {}
     sources = [("given", "Given"), ("confidence", "Network alone"), ("refined", "Refined map")]
     blocks = []
     for name, color in zip(summary["classes"], summary["colors"]):
@@ -273,16 +274,34 @@ def _bars(summary: Mapping[str, Any]) -> str:
                 left, right = max(width - 100 * deviation, 0), min(width + 100 * deviation, 100)
                 whisker = f'<div class="whisker" style="left:{left:.2f}%;width:{right - left:.2f}%"></div>'
                 number = f" ± {100 * deviation:.1f}"
+            if key == "confidence" and value is not None and bounds.get(name) is not None:
+                low, high = (100 * bound for bound in bounds[name])
+                whisker = f'<div class="whisker" style="left:{low:.2f}%;width:{high - low:.2f}%"></div>'
             style = f"width:{width:.2f}%;background:{_rgb(color)};border-color:{_rgb(color)}"
             style += ";opacity:.55" if key == "confidence" else ""
             shape = "fill hollow" if key == "given" else "fill"
             shown = "–" if value is None else f"{100 * value:.1f}{number} %"
+            if key == "confidence" and value is not None and bounds.get(name) is not None:
+                shown = f"{100 * value:.0f} % ({low:.0f}–{high:.0f} %)"
             lines.append(
                 f'<div class="bar"><span>{label}</span><div class="track"><div class="{shape}" style="{style}"></div>{whisker}'
                 f'</div><span class="num">{shown}</span></div>'
             )
         blocks.append(f'<div class="class">{"".join(lines)}</div>')
-    return f'<div class="card">{"".join(blocks)}</div>'
+    return f'<div class="card">{"".join(blocks)}</div>{_interval_note(summary)}'
+
+
+def _interval_note(summary: Mapping[str, Any]) -> str:
+    """What the ranges at the network's bars mean; nothing where the network is not calibrated."""
+    interval = summary.get("interval")
+    if interval is None:
+        return ""
+    if interval["bounds"] is None:
+        return f"<p class=note>No intervals: {_text(interval['reason'])}</p>"
+    return (
+        f"<p class=note>Ranges at <i>Network alone</i> hold the proportion of a class for {100 * interval['level']:g} % of "
+        "images of new patients like those held out in calibration, each class by itself.</p>"
+    )
 
 
 def _offsets(summary: Mapping[str, Any]) -> str:

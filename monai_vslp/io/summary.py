@@ -142,7 +142,20 @@ def build_summary(
         "seconds": {key: round(float(value), 3) for key, value in (seconds or {}).items()},
         "versions": _versions(),
     }
+    if kind == "image" and "calibration" in summary["options"]:  # intervals are measured on images, not on slides
+        summary["interval"] = _interval(summary["proportions"]["confidence"], summary["options"]["calibration"])
     return validate_summary(summary)
+
+
+def _interval(confidence: Mapping[str, float | None], calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranges that hold the proportions of new images with a known probability: level, by class low and high, or the reason."""
+    interval, bounds = calibration["interval"], None
+    if interval["half_width"] is not None:
+        bounds = {
+            name: None if value is None else [max(0.0, value - half), min(1.0, value + half)]
+            for (name, value), half in zip(confidence.items(), (interval["half_width"][name] for name in confidence))
+        }
+    return {"level": interval["level"], "bounds": bounds, "reason": interval["reason"]}
 
 
 def _is_pair(value: Any) -> bool:

@@ -1,10 +1,19 @@
 """Networks that turn images into class confidences, and their test-time augmentation."""
 
-from monai_vslp.networks.adapters import adapter_state_dict, add_lora, load_adapters, merge_lora, trainable_parameters
+from monai_vslp.networks.adapters import (
+    adapter_state_dict,
+    add_lora,
+    load_adapters,
+    merge_lora,
+    merged_state_dict,
+    trainable_parameters,
+)
 from monai_vslp.networks.backbone import TokenBackbone, load_weights
 from monai_vslp.networks.baseline_heads import ActivationMapHead, ClusterHead, MaskedHead, fit_clusters, mark_background
+from monai_vslp.networks.calibration import calibrate_network, fit_calibration, prior_shift
 from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions, token_mass
 from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
+from monai_vslp.networks.hub import open_backbone
 from monai_vslp.networks.projection import fit_projection
 from monai_vslp.networks.schedule import HeadFirst, parameter_groups
 from monai_vslp.networks.tta import SYMMETRIES, TTA_GROUPS, TTAConfidence, training_views
@@ -24,14 +33,19 @@ __all__ = [
     "TokenBackbone",
     "adapter_state_dict",
     "add_lora",
+    "calibrate_network",
+    "fit_calibration",
     "fit_clusters",
     "fit_projection",
     "load_adapters",
     "load_weights",
     "mark_background",
     "merge_lora",
+    "merged_state_dict",
+    "open_backbone",
     "parameter_groups",
     "pool_proportions",
+    "prior_shift",
     "token_mass",
     "trainable_parameters",
     "training_views",

@@ -12,10 +12,23 @@ from torch import nn
 
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["TARGETS", "LoRALinear", "adapter_state_dict", "add_lora", "load_adapters", "merge_lora", "trainable_parameters"]
+__all__ = [
+    "TARGETS",
+    "LoRALinear",
+    "adapter_state_dict",
+    "add_lora",
+    "load_adapters",
+    "merge_lora",
+    "merged_state_dict",
+    "trainable_parameters",
+]
 
 # Names of timm: attention (qkv, proj) and MLP (fc1, fc2; fc1_g and fc1_x of a gated one).
 TARGETS = ("qkv", "proj", "fc1*", "fc2")
+
+
+def _merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    return (weight.double() + scale * (b.double() @ a.double())).to(weight)
 
 
 class LoRALinear(nn.Linear):
@@ -53,9 +66,9 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """Plain layer with :math:`W + (s/r) B A`, computed in double precision and rounded once; frozen as this one."""
-        update = self.scale * (self.lora_b.double() @ self.lora_a.double())
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        plain.weight = nn.Parameter((self.weight.double() + update).to(self.weight), requires_grad=False)
+        merged = _merged_weight(self.weight, self.lora_a, self.lora_b, self.scale)
+        plain.weight = nn.Parameter(merged, requires_grad=False)
         plain.bias = self.bias
         return plain.train(self.training)
 
@@ -130,6 +143,25 @@ def merge_lora(module: nn.Module) -> int:
     for name, layer in layers.items():
         _replace(module, name, layer.merged())
     return len(layers)
+
+
+@torch.no_grad()
+def merged_state_dict(module: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """State dict of the plain network that :func:`merge_lora` would make, while ``module`` stays as it is.
+
+    Args:
+        module: with or without adapters.
+        state: of ``module``, such as averaged weights; None for its own.
+
+    Returns:
+        Fits a network made without adapters, and computes the same as ``module`` with ``state``.
+    """
+    state = dict(module.state_dict() if state is None else state)
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoRALinear):
+            key, a, b = (f"{name}.{part}" if name else part for part in ("weight", "lora_a", "lora_b"))
+            state[key] = _merged_weight(state[key], state.pop(a), state.pop(b), layer.scale)
+    return state
 
 
 def _is_adapter(name: str) -> bool:

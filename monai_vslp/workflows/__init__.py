@@ -2,6 +2,7 @@
 
 from monai_vslp.workflows.benchmark import run_benchmark
 from monai_vslp.workflows.bound import fit_to_masks
+from monai_vslp.workflows.calibration import calibrate, read_calibration
 from monai_vslp.workflows.cross_validation import cross_validate, predict_proportions, score_predictions
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
@@ -17,6 +18,7 @@ from monai_vslp.workflows.train import train
 __all__ = [
     "ConfidencePicture",
     "SlidePipeline",
+    "calibrate",
     "choose",
     "cross_validate",
     "datalist",
@@ -27,6 +29,7 @@ __all__ = [
     "picture_regularizer",
     "predict_proportions",
     "pretrain",
+    "read_calibration",
     "report",
     "run_benchmark",
     "score_predictions",

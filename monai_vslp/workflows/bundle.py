@@ -22,6 +22,7 @@ BUNDLE = "pathology_tissue_proportion_segmentation"
 CONFIGS = (
     "train.json",
     "train_head.json",
+    "multi_gpu_train.json",
     "self_training.json",
     "train_regularizer.json",
     "inference.json",

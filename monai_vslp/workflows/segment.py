@@ -25,6 +25,7 @@ from monai_vslp.utils.errors import InputError, ProportionError, SlideError
 from monai_vslp.variational.explain import flip_band
 from monai_vslp.variational.learned import WEIGHTS
 from monai_vslp.workflows.bundle import read_config, run_config
+from monai_vslp.workflows.calibration import segment_settings
 from monai_vslp.workflows.regularizer import REGULARIZER, has_regularizer
 
 __all__ = ["datalist", "segment"]
@@ -215,6 +216,7 @@ def segment(
     views: str | None = None,
     band: float | None = None,
     regularizer: str | None = None,
+    calibration: bool = True,
     overwrite: bool = False,
     progress: bool = True,
     **overrides: Any,
@@ -237,6 +239,8 @@ def segment(
         regularizer: ``tv`` or ``learned``; None for a learned one where ``monai-vslp train-regularizer`` left it in the bundle.
         band: rounding step of the proportions in percent; which labels hang on one such step is then found too
             (:func:`monai_vslp.variational.explain.flip_band`), for images with proportions. None for no band.
+        calibration: temper confidences as ``monai-vslp calibrate`` found, where it left a file in the bundle; False for the
+            network's own.
         overwrite: compute again what is done.
         progress: show progress bars.
         **overrides: top-level values of the bundle's inference configs.
@@ -267,6 +271,7 @@ def segment(
         _check_band(band, items)
     settings = {key: value for key, value in (("trust", trust), ("alpha", alpha), ("views", views)) if value is not None}
     settings |= _regularizer(run, regularizer, band is not None)
+    settings |= segment_settings(run, classes) if calibration else {}
     settings |= overrides
     models = [checkpoint] if REGULARIZER not in settings else [checkpoint, Path(settings[REGULARIZER]) / WEIGHTS]
     todo_images, todo_slides = [], []
@@ -279,6 +284,8 @@ def segment(
             logger.info("%s is done already.", path.name)
             continue
         (todo_slides if is_slide(path) else todo_images).append(path)
+    if overrides.get("dense_crf") and todo_slides:
+        raise InputError(f"dense_crf is for images alone, {todo_slides[0].name} is a slide; segment it without.")
     check_images(todo_images)
     failures: dict[str, str] = {}
     opened = []

@@ -15,9 +15,11 @@ from monai_vslp.data.bags import fingerprint
 from monai_vslp.data.cohort import Cohort, read_cohort
 from monai_vslp.data.images import check_images
 from monai_vslp.networks.backbone import load_weights
+from monai_vslp.networks.hub import is_folder, open_backbone
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError
-from monai_vslp.workflows.bundle import create_run, read_config, run_config
+from monai_vslp.workflows.bundle import create_run, read_config, run_config, template
+from monai_vslp.workflows.processes import check_processes, run_processes
 
 __all__ = ["FROM_SCRATCH", "RECIPES", "train"]
 
@@ -53,11 +55,17 @@ FROZEN: dict[str, Any] = {
     "consistency_weight": 0.0,
     "average_decay": 0.0,
 }
+# Of a backbone that knows images already: its head learns first, and early layers change least.
+PRETRAINED: dict[str, Any] = {"layer_decay": 0.75}
+HEAD_SHARE = 0.1  # of the epochs, in which the head learns alone
 DEFAULT_BACKBONE = "vit_tiny_patch16_224"
-GATE = 1.05  # a round may meet held-out proportions this much worse: some tens of images tell no finer differences
+GATE = 1.0  # a round may not meet held-out proportions worse,
+ESTIMATED_GATE = 1.05  # or by no more than this where they are estimates, whose own errors hide small differences
 # Fits that are tried in turn where images are held out, each against the one before: edges of squares of tokens whose mean the
 # head sees too, and a ridge so many times as large. The first that does not meet held-out proportions better ends the search.
 FITS: tuple[dict[str, Any], ...] = ({}, {"context": [1, 9, 31]}, {"context": [1, 9, 31], "ridge": 0.25})
+# Of estimates: means over squares average out less of what is wrong in single images than decided tokens do.
+ESTIMATED_FITS: tuple[dict[str, Any], ...] = ({}, {"context": [1, 9, 31], "entropy_weight": 0.6})
 BETTER = 0.95  # of the error before; a smaller gain is chance
 # Of proportions that people estimated: decided tokens average out errors of single images, and pseudo-labels doubt them too.
 ESTIMATED: dict[str, Any] = {"entropy_weight": 0.3, "target_trust": 3.0}
@@ -111,6 +119,7 @@ def train(
     feature_cache: str | Path | None = None,
     restart: bool = False,
     tracking_uri: str | None = None,
+    processes: int = 1,
     progress: bool = True,
     **overrides: Any,
 ) -> Path:
@@ -119,17 +128,19 @@ def train(
     With weights the backbone is frozen, its features are kept, and a head is fitted to the proportions of all images together.
     Where the proportions of held-out images (split ``val``) are met better by 5 % if the head sees the surroundings of tokens
     too, it does. Otherwise rounds of self-training follow, in which a more flexible head learns the maps that the first one
-    and the proportions agree on; a round counts unless held-out proportions are met worse by 5 % after it.
+    and the proportions agree on; a round counts unless held-out proportions are met worse after it (by 5 % if estimated).
     Proportions that people estimated (raters disagree, or all entries are multiples of 5 %) get a stronger entropy term and
     pseudo-labels that doubt them.
-    ``finetune`` trains the backbone too. Without weights and backbone a small transformer is trained from scratch.
+    ``finetune`` trains the backbone too: of one with weights the head learns alone in the first tenth of the epochs, and rates
+    fall off towards the input (``head_epochs``, ``layer_decay``); with ``adapters`` it learns through low-rank corrections,
+    which are added to its weights in ``model.pt``. Without weights and backbone a small transformer is trained from scratch.
     Interrupted runs continue with the same command.
 
     Args:
         table: ``image,split,patient,<one column per class>``; see :func:`monai_vslp.data.read_cohort`.
         images: folder that image names are relative to.
         output: the bundle folder to write.
-        backbone: name of a timm model.
+        backbone: name of a timm model; or ``local-dir:<folder>``, ``hf-hub:<organisation>/<model>``, which brings its weights.
         weights: local file with its weights.
         seed: seed of all random draws.
         epochs: passes over the bags; None for the default.
@@ -144,8 +155,11 @@ def train(
         feature_cache: folder where features of frozen backbones are kept for other runs too; None to keep none.
         restart: throw away an earlier run in ``output``.
         tracking_uri: MLflow server or store; SQLite in ``output`` by default.
+        processes: of this machine that share each batch, one GPU each or all on its CPUs; not where a head is fitted to a
+            frozen backbone.
         progress: show progress bars.
-        **overrides: top-level values of the bundle's ``train.json``.
+        **overrides: top-level values of the bundle's ``train.json``, such as ``adapters={"rank": 8}``, ``layer_decay``,
+            ``head_epochs``, ``grad_checkpointing``, ``amp``, ``accumulation``, ``patience``, ``teacher_weight``.
 
     Returns:
         The bundle folder.
@@ -164,10 +178,26 @@ def train(
         raise InputError(f"enclosing names {unknown[0]!r}, which is no class of {table}; it has {', '.join(cohort.classes)}.")
     if rounds is not None and rounds < 0:
         raise InputError(f"rounds of self-training must be at least 0, got {rounds}.")
+    folder = open_backbone(backbone) if is_folder(backbone) else None
+    if folder is not None:
+        backbone, weights = folder.architecture, folder.weights if weights is None else weights
+        found = {"mean": folder.mean, "std": folder.std}
+        overrides = {key: value for key, value in found.items() if value is not None} | overrides
+        overrides["backbone_kwargs"] = folder.options | (overrides.get("backbone_kwargs") or {})
     overlay = {} if recipe is None else _recipe(recipe, weights is not None and not finetune)
     overlay = {key: overrides.get(key, value) for key, value in overlay.items()}
     if weights is not None:
         load_weights(weights)  # a damaged file is found before the images are read
+    fitted = weights is not None and not finetune
+    defaults = read_config(template(), "train.json") | (FROM_SCRATCH if weights is None and backbone is None else {})
+    asked = defaults | ({} if epochs is None else {"epochs": epochs}) | overrides
+    if processes != 1 and fitted:
+        raise InputError("heads of frozen backbones are fitted by one process: leave out processes, or give finetune.")
+    check_processes(processes, asked["batch_size"])
+    if not fitted:
+        overrides = _finetuning(asked, weights is not None, len(cohort.split("val")) > 0) | overrides
+    elif overrides.get("adapters"):
+        raise InputError("adapters train a backbone, and this one is frozen: give finetune (--finetune), or leave them out.")
     if (run / "configs").exists() and restart:
         for name in ("configs", "models"):
             shutil.rmtree(run / name, ignore_errors=True)
@@ -206,9 +236,15 @@ def train(
         values["rounds"] = 0
     elif rounds is not None:
         values["rounds"] = rounds
-    create_run(run, values, cohort.classes)
+    # Precision of training only: an inference config has a switch of this name too, and maps are to be those of the network.
+    create_run(run, {key: value for key, value in values.items() if key != "amp"}, cohort.classes)
     if not frozen:
-        run_config(run, "train.json", progress=progress)
+        if values.get("amp"):
+            write_json(run / "configs" / "train.json", read_config(run, "train.json") | {"amp": True})
+        if processes > 1:
+            run_processes(run, processes, progress=progress)
+        else:
+            run_config(run, "train.json", progress=progress)
         return run
     held_out = len(cohort.split("val")) > 0
     # Self-training draws single tokens: its head knows nothing of their surroundings.
@@ -220,12 +256,36 @@ def train(
         configs.append(RECIPE)
         write_json(run / "configs" / RECIPE, overlay)
         settings["recipe"] = overlay
-    chosen = _fit_head(run, configs, FITS[:1] if alone else FITS, settings, progress)
+    fits = ESTIMATED_FITS if _estimated(training) else FITS
+    chosen = _fit_head(run, configs, fits[:1] if alone else fits, settings, progress)
     if chosen:
         create_run(run, values | chosen | {"rounds": 0}, cohort.classes)
-    _self_training(run, held_out, progress)
+    _self_training(run, held_out, ESTIMATED_GATE if _estimated(training) else GATE, progress)
     shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all fits and rounds, and may be large
     return run
+
+
+def _finetuning(asked: dict[str, Any], pretrained: bool, held_out: bool) -> dict[str, Any]:
+    """Defaults of training a backbone that has weights.
+
+    Args:
+        asked: top-level values of ``train.json``.
+        pretrained: the backbone has weights.
+        held_out: there are images of split ``val``.
+
+    Raises:
+        InputError: options that cannot go together.
+    """
+    epochs, alone = asked["epochs"], asked["head_epochs"]
+    if asked["adapters"] and not pretrained:
+        raise InputError("adapters correct a backbone that knows images already: give its weights (--weights, or local-dir:).")
+    if asked["patience"] is not None and not held_out:
+        raise InputError("patience watches the proportions of held-out images: give some rows of the table the split 'val'.")
+    if alone and alone >= epochs:
+        raise InputError(f"head_epochs must be less than the {epochs} epochs, or the backbone never learns, got {alone}.")
+    if isinstance(asked["accumulation"], bool) or not isinstance(asked["accumulation"], int) or asked["accumulation"] < 1:
+        raise InputError(f"accumulation is a whole number of batches per step from 1, got {asked['accumulation']!r}.")
+    return PRETRAINED | {"head_epochs": int(HEAD_SHARE * epochs)} if pretrained else {}
 
 
 def _recipe(recipe: str | Path, frozen: bool) -> dict[str, Any]:
@@ -298,8 +358,15 @@ def _estimated(cohort: Cohort) -> bool:
     return any(label.spread.any() for label in labels) or bool(np.allclose(values / STEP, np.round(values / STEP), atol=1e-3))
 
 
-def _self_training(run: Path, held_out: bool, progress: bool) -> None:
-    """Rounds of self-training as long as held-out proportions are met as well; ``models/model.pt`` is the last such network."""
+def _self_training(run: Path, held_out: bool, gate: float, progress: bool) -> None:
+    """Rounds of self-training as long as held-out proportions are met as well; ``models/model.pt`` is the last such network.
+
+    Args:
+        run: bundle folder.
+        held_out: there are images of split ``val``.
+        gate: a round counts up to so many times the error before.
+        progress: show progress bars.
+    """
     models = run / "models"
     rounds = read_config(run, "self_training.json")["rounds"]
     if rounds == 0:
@@ -313,7 +380,7 @@ def _self_training(run: Path, held_out: bool, progress: bool) -> None:
         run_config(run, "self_training.json", round=number, progress=progress)
         found = _best_error(folder)
         logger.info("Round %d: mean error of held-out proportions %.4f, before %.4f.", number, found, error)
-        if found > GATE * error:
+        if found > gate * error:
             return
         error = min(error, found)
         with atomic_path(models / "model.pt") as temporary:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from monai_vslp.handlers import RunCheckpoint, WeightAverage
+from monai_vslp.networks.adapters import LoRALinear, add_lora
 from monai_vslp.utils.errors import InputError
 
 
@@ -182,3 +183,32 @@ def test_nothing_trained_is_nothing_averaged():
     average = WeightAverage(net, 0.9)
     average.update()
     assert average.steps == 1 and average.averaged_state().keys() == net.state_dict().keys()
+
+
+def test_shown_lends_the_average_even_where_it_fails():
+    net = network()
+    average = WeightAverage(net, 0.9)
+    own = steps(net, average, 3)[-1]
+    with pytest.raises(RuntimeError, match="middle"), average.shown():
+        assert torch.equal(net[2].weight, average.average["2.weight"]) and not torch.equal(net[2].weight, own)
+        raise RuntimeError("in the middle")
+    assert torch.equal(net[2].weight, own)
+
+
+def test_of_adapters_the_averaged_state_is_that_of_a_plain_network():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net = copy.deepcopy(plain)
+    add_lora(net, 2, targets=["0", "2"])
+    average = WeightAverage(net, 0.5)
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        net[0].lora_b.normal_(), net[2].lora_b.normal_()
+    average.update()
+    state = average.averaged_state()
+    assert state.keys() == plain.state_dict().keys()
+    plain.load_state_dict(state)
+    with average.shown():
+        expected = net(x).detach()
+    torch.testing.assert_close(plain(x), expected)
+    assert isinstance(net[0], LoRALinear), "training goes on with adapters"

@@ -66,7 +66,8 @@ ESTIMATED_GATE = 1.05  # or by no more than this where they are estimates, whose
 FITS: tuple[dict[str, Any], ...] = ({}, {"context": [1, 9, 31]}, {"context": [1, 9, 31], "ridge": 0.25})
 # Of estimates: means over squares average out less of what is wrong in single images than decided tokens do.
 ESTIMATED_FITS: tuple[dict[str, Any], ...] = ({}, {"context": [1, 9, 31], "entropy_weight": 0.6})
-BETTER = 0.95  # of the error before; a smaller gain is chance
+BETTER = 0.95  # of the error before; a smaller gain is chance,
+ESTIMATED_BETTER = 0.98  # but errors of estimates enter both sides and make true gains look smaller
 # Of proportions that people estimated: decided tokens average out errors of single images, and pseudo-labels doubt them too.
 ESTIMATED: dict[str, Any] = {"entropy_weight": 0.3, "target_trust": 3.0}
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -256,11 +257,12 @@ def train(
         configs.append(RECIPE)
         write_json(run / "configs" / RECIPE, overlay)
         settings["recipe"] = overlay
-    fits = ESTIMATED_FITS if _estimated(training) else FITS
-    chosen = _fit_head(run, configs, fits[:1] if alone else fits, settings, progress)
+    estimated = _estimated(training)
+    fits, better = (ESTIMATED_FITS, ESTIMATED_BETTER) if estimated else (FITS, BETTER)
+    chosen = _fit_head(run, configs, fits[:1] if alone else fits, better, settings, progress)
     if chosen:
         create_run(run, values | chosen | {"rounds": 0}, cohort.classes)
-    _self_training(run, held_out, ESTIMATED_GATE if _estimated(training) else GATE, progress)
+    _self_training(run, held_out, ESTIMATED_GATE if estimated else GATE, progress)
     shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all fits and rounds, and may be large
     return run
 
@@ -309,7 +311,12 @@ def _recipe(recipe: str | Path, frozen: bool) -> dict[str, Any]:
 
 
 def _fit_head(
-    run: Path, configs: Sequence[str], fits: Sequence[dict[str, Any]], settings: dict[str, Any], progress: bool
+    run: Path,
+    configs: Sequence[str],
+    fits: Sequence[dict[str, Any]],
+    better: float,
+    settings: dict[str, Any],
+    progress: bool,
 ) -> dict[str, Any]:
     """Fit heads in turn as long as held-out proportions are met better; ``models/round0`` holds the last that did so.
 
@@ -340,7 +347,7 @@ def _fit_head(
         if number:
             text = ", ".join(f"{key} {value}" for key, value in values.items())
             logger.info("%s: mean error of held-out proportions %.4f, before %.4f.", text, error, best)
-            if error > BETTER * best:
+            if error > better * best:
                 break
         chosen, folder, best = values, candidate, error
     for name in ("history.json", "model.pt"):

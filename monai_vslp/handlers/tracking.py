@@ -126,6 +126,18 @@ class MLflowTracker:
                 "or folder can be reached and written. (%s: %s)", self.uri, type(error).__name__, _short(error),
             )  # fmt: skip
 
+    def begin(self, parameters: Mapping[str, Any], parent: str | None = None) -> None:
+        """Open a run without an engine.
+
+        Args:
+            parameters: logged at once.
+            parent: id of the run that this one is nested under; None for none.
+        """
+        self._try(self._open)
+        if parent is not None:
+            self._try(lambda: self._client.set_tag(self.run_id, "mlflow.parentRunId", parent))
+        self._try(self._log_parameters, parameters)
+
     # ---- what happens when --------------------------------------------------------------------------------------------
 
     def _start(self, engine: Engine) -> None:

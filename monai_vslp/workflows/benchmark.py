@@ -13,21 +13,19 @@ import io
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from monai.utils import optional_import
 
 import monai_vslp
@@ -44,6 +42,7 @@ from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows.bound import fit_to_masks
 from monai_vslp.workflows.bundle import CONFIGS, read_config, template
 from monai_vslp.workflows.evaluate import evaluate, find_mask, group_classes, true_labels
+from monai_vslp.workflows.jobs import worker_pool
 from monai_vslp.workflows.regularizer import CONFIG as REGULARIZER_CONFIG
 from monai_vslp.workflows.regularizer import train_regularizer
 from monai_vslp.workflows.segment import segment
@@ -708,12 +707,6 @@ def _attempt(task: Task, progress: bool) -> tuple[dict[str, Any] | None, str]:
     return scores, ""
 
 
-def _one_thread() -> None:
-    """In a process of its own: processes are the only parallelism."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
-
 def _in_turn(tasks: Sequence[Task], progress: bool) -> Iterator[tuple[Task, dict[str, Any] | None, str]]:
     for task in tasks:
         yield (task, *_attempt(task, progress))
@@ -721,11 +714,8 @@ def _in_turn(tasks: Sequence[Task], progress: bool) -> Iterator[tuple[Task, dict
 
 def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict[str, Any] | None, str]]:
     """Results as they come. A task whose process dies fails alone: those that went down with it are done again, apart."""
-    before = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread)
     torn: list[Task] = []
-    try:
+    with worker_pool(jobs) as pool:
         futures = {pool.submit(_attempt, task, False): task for task in tasks}
         for future in as_completed(futures):
             try:
@@ -734,20 +724,13 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict[
                 torn.append(futures[future])
                 continue
             yield (futures[future], *result)
-        pool.shutdown()
-        for task in torn:
-            pool = ProcessPoolExecutor(1, mp_context=context, initializer=_one_thread)
+    for task in torn:
+        with worker_pool(1) as pool:
             try:
                 result = pool.submit(_attempt, task, False).result()
             except BrokenProcessPool:
                 result = None, "the process died, most often for want of memory; try fewer jobs."
-            pool.shutdown()
-            yield (task, *result)
-    except BaseException:  # an interrupt, or the receiver has had enough: what is done is done, the rest stops now
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-        raise
+        yield (task, *result)
 
 
 # ---- tracking -----------------------------------------------------------------------------------------------------------
@@ -756,12 +739,6 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict[
 class _Tracking(MLflowTracker):
     """The parent run of a benchmark and one nested run per task; what fails here stops tracking, not the benchmark."""
 
-    def start(self, parameters: Mapping[str, Any], parent: str | None = None) -> None:
-        self._try(self._open)
-        if parent is not None:
-            self._try(lambda: self._client.set_tag(self.run_id, "mlflow.parentRunId", parent))
-        self._try(self._log_parameters, parameters)
-
     def task(self, task: Task, scores: Mapping[str, Any] | None, reason: str) -> None:
         """Log a finished task."""
         if self._broken:
@@ -769,7 +746,7 @@ class _Tracking(MLflowTracker):
         nested = _Tracking(task.folder, self.uri, self.experiment, task.name)
         parts = {key: getattr(task, key) for key in ("data", "noise", "method", "seed", "title", "segment")}
         more = {"train": task.train or {}, "fit": task.fit or {}, "regularizer": task.regularizer or {}}
-        nested.start({**parts, **more, "given": list(task.given)}, self.run_id)
+        nested.begin({**parts, **more, "given": list(task.given)}, self.run_id)
         if scores is not None:
             for row in aggregate([scores]):
                 metrics = {f"{row.given}/{row.map}/{name}": s.mean for name, s in row.values.items() if s.mean is not None}
@@ -911,7 +888,7 @@ def run_benchmark(
     tracking = None
     if values.get("tracking"):
         tracking = _Tracking(output, values["tracking"] if isinstance(values["tracking"], str) else None, EXPERIMENT)
-        tracking.start({key: values[key] for key in ("noise", "seeds", "methods", "shared") if key in values})
+        tracking.begin({key: values[key] for key in ("noise", "seeds", "methods", "shared") if key in values})
     results = _in_turn(todo, progress) if jobs == 1 else _in_parallel(todo, jobs)
     status = "FAILED"
     try:

@@ -8,12 +8,10 @@ import inspect
 import io
 import json
 import logging
-import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from monai_vslp.utils.atomic import atomic_path, write_json, write_text
 from monai_vslp.utils.digest import state_digest
 from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows.bundle import read_config, template
+from monai_vslp.workflows.jobs import worker_pool
 from monai_vslp.workflows.train import train
 
 __all__ = ["cross_validate", "predict_proportions", "score_predictions"]
@@ -216,12 +215,6 @@ def _perform(fold: _Fold, progress: bool) -> None:
     write_json(fold.state, state)
 
 
-def _one_thread() -> None:
-    """In a process of its own: processes are the only parallelism."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
-
 def _run(folds: Sequence[_Fold], jobs: int, progress: bool) -> Iterator[_Fold]:
     """Folds as they are done; the first failure stops the rest."""
     if jobs == 1 or len(folds) < 2:
@@ -229,23 +222,14 @@ def _run(folds: Sequence[_Fold], jobs: int, progress: bool) -> Iterator[_Fold]:
             _perform(fold, progress)
             yield fold
         return
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
     try:
-        futures = {pool.submit(_perform, fold, False): fold for fold in folds}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
-        pool.shutdown()
-    except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
-        if isinstance(error, BrokenProcessPool):
-            raise InputError(
-                "a process died, most often for want of memory; the same command with fewer jobs goes on."
-            ) from error
-        raise
+        with worker_pool(jobs) as pool:
+            futures = {pool.submit(_perform, fold, False): fold for fold in folds}
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+    except BrokenProcessPool as error:
+        raise InputError("a process died, most often for want of memory; the same command with fewer jobs goes on.") from error
 
 
 # ---- scores -------------------------------------------------------------------------------------------------------------
@@ -505,18 +489,12 @@ def _row(record: Record, fold: int, predicted: np.ndarray, images: Path) -> dict
 class _Tracking(MLflowTracker):
     """The parent run of a cross-validation and a nested run per fold; what fails here stops tracking alone."""
 
-    def start(self, parameters: Mapping[str, Any], parent: str | None = None) -> None:
-        self._try(self._open)
-        if parent is not None:
-            self._try(lambda: self._client.set_tag(self.run_id, "mlflow.parentRunId", parent))
-        self._try(self._log_parameters, parameters)
-
     def fold(self, fold: _Fold, row: Mapping[str, Any]) -> None:
         """Log a fold."""
         if self._broken:
             return
         nested = _Tracking(fold.tracking, self.uri, self.experiment)
-        nested.start({"fold": fold.number, "run": fold.run, "images": row["images"], **fold.options}, self.run_id)
+        nested.begin({"fold": fold.number, "run": fold.run, "images": row["images"], **fold.options}, self.run_id)
         nested.finish(_metrics(row), (), "FINISHED")
         self._broken = nested._broken
 
@@ -638,7 +616,7 @@ def cross_validate(
     tracker = None
     if tracking or tracking_uri is not None:
         tracker = _Tracking(output, tracking_uri, EXPERIMENT)
-        tracker.start({"folds": folds, "nested": nested, "table": cohort.source, "images": len(place), **given})
+        tracker.begin({"folds": folds, "nested": nested, "table": cohort.source, "images": len(place), **given})
     metrics, files, status = {}, (), "FAILED"
     try:
         for fold in _run(todo, jobs, progress):

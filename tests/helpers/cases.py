@@ -40,3 +40,18 @@ def write_two_class_cohort(folder: Path, train=6, val=2, size=(64, 80)) -> Path:
             }
         )
     return write_table(folder / "table.csv", rows, ["pink", "purple"])
+
+
+SMALL_BACKBONE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def write_small_backbone(path: Path) -> Path:
+    """Random weights of ``vit_tiny_patch16_224`` with the options ``SMALL_BACKBONE``, as a local file."""
+    from safetensors.torch import save_file
+
+    from monai_vslp.utils.timm import import_timm
+
+    torch.manual_seed(0)
+    model = import_timm().create_model("vit_tiny_patch16_224", num_classes=0, **SMALL_BACKBONE)
+    save_file(model.state_dict(), str(path))
+    return path

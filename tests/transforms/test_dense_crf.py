@@ -2,12 +2,17 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
+from cases import write_two_class_cohort
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from monai_vslp.data import read_cohort
 from monai_vslp.transforms import DenseCRFd, dense_crf
 from monai_vslp.utils.errors import InputError
+from monai_vslp.workflows import segment, train
 
 OPTIONS = {"spatial_sigma": 1.5, "spatial_weight": 1.0, "bilateral_sigma": 4.0, "color_sigma": 0.2, "bilateral_weight": 2.0}
 
@@ -103,22 +108,29 @@ def test_impossible_input():
 
 
 def test_segment_with_a_dense_crf(tmp_path):
-    from cases import write_two_class_cohort
-
-    from monai_vslp.workflows import segment, train
-
     cohort = write_two_class_cohort(tmp_path / "cohort", train=3, val=1)
     run = train(cohort, cohort.parent / "images", tmp_path / "run", epochs=1, progress=False)
     image = cohort.parent / "images" / "i3.png"
-    for name, table in (("none", None), ("given", cohort)):
-        options = {"proportions": table, "dense_crf": True, "alpha": 0.0, "progress": False}
-        assert segment([image], run, tmp_path / name, **options) == {}
-        summary = json.loads((tmp_path / name / "i3" / "summary.json").read_text())
-        assert (tmp_path / name / "i3" / "report.html").exists() or summary["kind"] == "image"
-    import tifffile
 
-    q = tifffile.imread(tmp_path / "none" / "i3" / "confidence.tif")
-    plain = segment([image], run, tmp_path / "plain", alpha=0.0, progress=False)
-    assert plain == {}
-    other = tifffile.imread(tmp_path / "plain" / "i3" / "confidence.tif")
-    assert q.shape == other.shape and not np.array_equal(q, other), "the CRF's marginals are what is refined"
+    def confidence(name, **options):
+        assert segment([image], run, tmp_path / name, alpha=0.0, progress=False, **options) == {}
+        return torch.from_numpy(tifffile.imread(tmp_path / name / "i3" / "confidence.tif")).float() / 255
+
+    pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).permute(2, 0, 1).float() / 255
+    plain, found = confidence("plain"), confidence("crf", dense_crf=True)
+    # Stored in steps of 1/255, before and after.
+    assert float((found - dense_crf(plain, pixels)).abs().mean()) < 0.01 < float((found - plain).abs().mean())
+    confidence("given", dense_crf=True, proportions=cohort)
+    summary = json.loads((tmp_path / "given" / "i3" / "summary.json").read_text())
+    given = read_cohort(cohort, image.parent).lookup(image).mean
+    assert np.abs(np.array([summary["proportions"]["refined"][c] for c in ("pink", "purple")]) - given).max() < 0.01
+
+
+def test_slides_are_refused_before_anything_is_computed(tmp_path):
+    cohort = write_two_class_cohort(tmp_path / "cohort", train=3, val=1)
+    run = train(cohort, cohort.parent / "images", tmp_path / "run", epochs=1, progress=False)
+    slide = tmp_path / "slide.tif"
+    tifffile.imwrite(slide, np.full((256, 4352, 3), 200, np.uint8), tile=(256, 256), photometric="rgb")
+    with pytest.raises(InputError, match="images alone, slide.tif"):
+        segment([slide], run, tmp_path / "out", mpp=0.5, dense_crf=True, progress=False)
+    assert not (tmp_path / "out").exists()

@@ -4,18 +4,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from cases import write_two_class_cohort
-from safetensors.torch import save_file
+from cases import SMALL_BACKBONE, write_small_backbone, write_two_class_cohort
 
 from monai_vslp.data import read_cohort
 from monai_vslp.utils.errors import InputError
-from monai_vslp.utils.timm import import_timm
 from monai_vslp.workflows import fit_to_masks, run_benchmark, segment, train
 from monai_vslp.workflows.benchmark import plan_benchmark
 from monai_vslp.workflows.bound import token_targets
 
-SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-OPTIONS = {"backbone_kwargs": SMALL, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8, "epochs": 2}
+OPTIONS = {"backbone_kwargs": SMALL_BACKBONE, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8, "epochs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +22,7 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    torch.manual_seed(0)
-    model = import_timm().create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
-    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
-    save_file(model.state_dict(), str(path))
-    return path
+    return write_small_backbone(tmp_path_factory.mktemp("weights") / "vit.safetensors")
 
 
 @pytest.fixture(scope="module")

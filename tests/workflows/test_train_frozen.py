@@ -5,13 +5,11 @@ import sys
 
 import pytest
 import torch
-from cases import write_two_class_cohort
-from safetensors.torch import save_file
+from cases import SMALL_BACKBONE, write_small_backbone, write_two_class_cohort
 
 from monai_vslp.data import bags as bags_module
 from monai_vslp.data import read_cohort
 from monai_vslp.utils.errors import InputError
-from monai_vslp.utils.timm import import_timm
 from monai_vslp.workflows import segment, train
 from monai_vslp.workflows import train as train_workflow
 from monai_vslp.workflows.bundle import read_config
@@ -19,8 +17,7 @@ from monai_vslp.workflows.bundle import read_config
 RECIPES = train_workflow.__globals__["RECIPES"]
 _estimated = train_workflow.__globals__["_estimated"]
 
-SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-NETWORK = {"backbone_kwargs": SMALL, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8}
+NETWORK = {"backbone_kwargs": SMALL_BACKBONE, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8}
 OPTIONS = NETWORK | {"epochs": 4, "rounds": 1, "progress": False}
 
 
@@ -31,11 +28,7 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    torch.manual_seed(0)
-    model = import_timm().create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
-    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
-    save_file(model.state_dict(), str(path))
-    return path
+    return write_small_backbone(tmp_path_factory.mktemp("weights") / "vit.safetensors")
 
 
 def run(cohort, local, output, **options):

@@ -16,7 +16,10 @@ EXTRAS = {
         "cucim>=23.10; platform_system == 'Linux' and python_version < '3.12'",
         "openslide-python",
         "openslide-bin",
+        "zarr>=3",
+        "wsidicom>=0.20",
     ],
+    "dicom": ["highdicom>=0.26", "pydicom>=3"],
     "tracking": ["mlflow>=3.1", "matplotlib"],
     "transport": ["POT>=0.9.5"],
     "stores": ["zarr>=3"],
@@ -26,8 +29,8 @@ EXTRAS = {
     "tables": ["pandas", "openpyxl"],
     "dev": ["pytest>=8", "hypothesis", "ruff", "jsonschema"],
 }
-# MONAI Label, MONAI Deploy and Dask need environments or clusters of their own; "all" is what one machine uses.
-EXTRAS["all"] = EXTRAS["slides"] + EXTRAS["tracking"] + EXTRAS["transport"] + EXTRAS["stores"]
+# MONAI Label and MONAI Deploy need environments of their own; "all" is what one machine uses.
+EXTRAS["all"] = sum((EXTRAS[name] for name in ("slides", "dicom", "tracking", "transport", "stores", "distributed")), [])
 
 setup(
     name="monai_vslp",
@@ -40,7 +43,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["monai_vslp", "monai_vslp.*"]), "monai_vslp._bundles"],
     package_dir={"monai_vslp": "monai_vslp", "monai_vslp._bundles": "bundles"},
-    package_data={"monai_vslp._bundles": ["**/*"], "monai_vslp.recipes": ["*.json"]},
+    package_data={"monai_vslp._bundles": ["**/*"], "monai_vslp.recipes": ["*.json"], "monai_vslp.io": ["assets/*"]},
     install_requires=[
         "torch>=2.4",
         "monai>=1.5",

@@ -13,6 +13,7 @@ from typing import Any
 
 import monai_vslp
 from monai_vslp.data.public import read_public
+from monai_vslp.io.output import WRITERS
 from monai_vslp.networks.calibration import VARIANTS
 from monai_vslp.networks.tta import TTA_GROUPS
 from monai_vslp.transforms.refinement import TRUST_RULES
@@ -71,6 +72,26 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep features of frozen backbones for other runs")
     parser.add_argument("--restart", action="store_true", help="throw away an earlier run in RUN")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: SQLite in RUN)")
+
+
+def _slide_options(parser: argparse.ArgumentParser) -> None:
+    """What ``segment`` and ``cohort`` have in common for slides."""
+    parser.add_argument(
+        "--adaptive",
+        type=float,
+        metavar="D",
+        help="slides: more views only where two confidences are within D, such as 0.2",
+    )
+    parser.add_argument(
+        "--formats", type=_names, metavar="NAME,NAME", help=f"slides: what is written, of {', '.join(WRITERS.names)}"
+    )
+    parser.add_argument("--reader", metavar="NAME", help="slides: what reads them (default: the first that can)")
+
+
+def _slide_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of :func:`_slide_options` that were given."""
+    values = {"adaptive": options.adaptive, "formats": options.formats, "reader": options.reader}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +217,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     segment.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
     segment.add_argument("--no-calibration", action="store_true", help="take confidences as the network gives them")
+    _slide_options(segment)
     segment.add_argument("--overwrite", action="store_true", help="compute again what is done")
+
+    cohort = commands.add_parser("cohort", help="segment all slides of a table, on this machine or a cluster")
+    cohort.add_argument("table", type=Path, metavar="TABLE", help="CSV: image,<one column per class>; also mpp, rater, region")
+    cohort.add_argument("--images", type=Path, metavar="DIR", help="folder that names are relative to (default: the table's)")
+    cohort.add_argument("--model", type=Path, required=True, metavar="RUN", help="bundle folder of 'train'")
+    cohort.add_argument("--output", type=Path, required=True, metavar="OUT")
+    cohort.add_argument("--mpp", type=float, metavar="X", help="µm/px of slides of which neither file nor table says it")
+    cohort.add_argument("--trust", type=_trust, metavar="RHO", help=TRUST_HELP)
+    cohort.add_argument("--alpha", type=float, metavar="A", help="strength of the regularizer")
+    cohort.add_argument("--regularizer", choices=("tv", "learned"), help="as of 'segment'")
+    cohort.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
+    cohort.add_argument("--no-calibration", action="store_true", help="take confidences as the network gives them")
+    _slide_options(cohort)
+    cohort.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core or GPU); 0 for this one")
+    cohort.add_argument("--threads", type=int, default=1, metavar="N", help="threads per process (default: 1)")
+    cohort.add_argument("--memory", metavar="SIZE", help="limit per process, such as 8GB (default: an even share)")
+    cohort.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask scheduler that runs already, such as tcp://host:8786")
+    cohort.add_argument("--scheduler-file", type=Path, metavar="FILE", help="that 'dask scheduler --scheduler-file' wrote")
+    cohort.add_argument("--retry-failed", action="store_true", help="try again what is in failed.csv")
+    cohort.add_argument("--dry-run", action="store_true", help="only say what would be read, how many tiles, disk and time")
+    cohort.add_argument("--tiles-per-second", type=float, metavar="X", help="of one process, for the time of a dry run")
+    cohort.add_argument("--overwrite", action="store_true", help="compute again what is done")
 
     evaluate = commands.add_parser("evaluate", help="compare segmentations with masks")
     evaluate.add_argument("output", type=Path, metavar="OUT")
@@ -350,11 +394,41 @@ def _run(options: argparse.Namespace) -> int:
             calibration=not options.no_calibration,
             overwrite=options.overwrite,
             progress=progress,
+            **_slide_arguments(options),
         )
         for stem, reason in failures.items():
             print(f"monai-vslp: {stem} failed: {reason}", file=sys.stderr)
         print(f"Report: {options.output / 'report.html'}")
         return 1 if failures else 0
+    elif options.command == "cohort":
+        result = workflows.cohort(
+            options.table,
+            options.output,
+            model=options.model,
+            images=options.images,
+            scheduler=options.scheduler,
+            scheduler_file=options.scheduler_file,
+            workers=options.workers,
+            threads=options.threads,
+            memory=options.memory,
+            retry_failed=options.retry_failed,
+            overwrite=options.overwrite,
+            dry_run=options.dry_run,
+            tiles_per_second=options.tiles_per_second,
+            mpp=options.mpp,
+            trust=options.trust,
+            alpha=options.alpha,
+            views=options.tta,
+            regularizer=options.regularizer,
+            calibration=not options.no_calibration,
+            progress=progress,
+            **_slide_arguments(options),
+        )
+        for stem, reason in result.failures.items():
+            print(f"monai-vslp: {stem} failed: {reason}", file=sys.stderr)
+        if result.table is not None:
+            print(f"Done: {len(result.done)}, failed: {len(result.failures)}. Table: {result.table}, report beside it.")
+        return 1 if result.failures else 0
     elif options.command == "evaluate":
         workflows.evaluate(options.output, options.masks, groups=dict(options.group) if options.group else None)
     else:

@@ -9,6 +9,7 @@ import monai_vslp
 OPTIONAL = (
     "timm", "torchvision", "ot", "cucim", "openslide", "mlflow", "ignite", "tifffile", "imagecodecs", "skimage", "scipy", "PIL",
     "pandas", "matplotlib", "tqdm", "safetensors", "fire", "zarr", "dask", "einops", "nibabel", "sklearn", "yaml",
+    "highdicom", "pydicom", "wsidicom", "distributed", "psutil",
 )  # fmt: skip
 
 PROGRAM = f"""

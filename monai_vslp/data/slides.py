@@ -1,69 +1,67 @@
-"""Whole slides through cuCIM, with OpenSlide for what cuCIM does not read."""
+"""Whole slides at any resolution, through any of the readers in :mod:`monai_vslp.data.readers`."""
 
 from __future__ import annotations
 
 import logging
 import math
-import struct
-import subprocess
-import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
 from monai.utils import look_up_option, optional_import
 
+from monai_vslp.data.icc import to_srgb
+from monai_vslp.data.readers import SLIDE_READERS, SlideReader, is_dicom, is_dicom_series
+from monai_vslp.data.readers.tiff import channel_axis
 from monai_vslp.utils.errors import InputError, SlideError
 
 __all__ = ["SLIDE_SUFFIXES", "Slide", "area_resample", "is_slide", "open_slide"]
 
-openslide, has_openslide = optional_import("openslide")
 tifffile, has_tifffile = optional_import("tifffile")
 
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm")
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".zarr")
 LARGEST_IMAGE_SIDE = 4096  # px; a tiled TIFF that is longer is treated as a slide
 PLAUSIBLE_MPP = (0.05, 20.0)  # µm/px
 LARGEST_ANISOTROPY = 0.02
 SNAP = 0.05  # a stored level this near to the wanted µm/px is taken as it is
-PROBE_SECONDS = 60
 STRIP_PIXELS = 2**24  # px read at once for thumbnails
-
-# Tries cuCIM beside torch. Errors of the file itself are no reason not to use cuCIM: they come again, and are caught, later.
-_PROBE = """
-import sys, torch
-from cucim import CuImage
-try:
-    CuImage(sys.argv[1]).read_region((0, 0), (16, 16), 0)
-except Exception as error:
-    print(error)
-"""
-
-_verdict: list[str | None] = []  # of _cucim_problem, for this process
+COLORS = ("stored", "srgb")
 
 logger = logging.getLogger(__name__)
 
 
 def is_slide(path: str | Path) -> bool:
-    """Whether a file is read tile by tile rather than as one image.
+    """Whether a file or folder is read tile by tile rather than as one image.
 
-    Slides are the slide formats by suffix, and colour TIFFs that are tiled and have several pyramid levels or a side of
-    more than 4,096 px. Files that are missing or damaged count as images unless their suffix is that of a slide.
+    Slides are the slide formats by suffix (OME-Zarr folders ``*.zarr`` among them), DICOM files without a suffix, folders
+    whose DICOM files are of one whole slide, and colour TIFFs that are tiled and have several pyramid levels or a side of
+    more than 4,096 px. Only names and headers are looked at. Files that are missing or damaged count as images unless
+    their suffix is that of a slide.
     """
     path = Path(path)
-    if path.suffix.lower() in SLIDE_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in SLIDE_SUFFIXES:
         return True
-    if path.suffix.lower() not in (".tif", ".tiff") or not has_tifffile:
+    if path.is_dir():
+        return is_dicom_series(path)
+    if suffix == "":
+        return is_dicom(path)
+    if suffix not in (".tif", ".tiff") or not has_tifffile:
         return False
     try:
         with tifffile.TiffFile(path) as file:
-            page = file.pages[0]
-            if not page.is_tiled or page.samplesperpixel < 3:
+            page, series = file.pages[0], file.series[0]
+            if not page.is_tiled:
                 return False
-            reduced = len(file.series[0].levels) > 1 or any(other.is_reduced and other.is_tiled for other in file.pages[1:])
+            channel_axis(series.axes, series.shape)
+            reduced = len(series.levels) > 1 or any(other.is_reduced and other.is_tiled for other in file.pages[1:])
             return reduced or max(page.imagelength, page.imagewidth) > LARGEST_IMAGE_SIDE
     except Exception as error:  # damaged files raise many kinds; read as an image they get a clear error
-        logger.debug("%s is no readable TIFF: %s", path, error)
+        logger.debug("%s is no TIFF of a slide: %s", path, error)
         return False
 
 
@@ -110,27 +108,56 @@ def area_resample(
 
 
 class Slide:
-    """A whole slide, opened by :func:`open_slide`. A context manager; pickled, it reopens its file.
+    """A whole slide, opened by :func:`open_slide`. A context manager; pickled, it reopens its file. Threads may share it.
 
     Attributes:
-        path: the file.
-        reader: ``cucim`` or ``openslide``.
+        path: the file or folder.
+        reader: name of the reader in ``SLIDE_READERS``.
         shape: level-0 ``(H, W)`` in px.
         level_shapes: ``(H, W)`` of each level in px.
         level_downsamples: level-0 px per px of each level; whole numbers where the shapes allow.
         mpp: µm per level-0 px.
+        bounds: level-0 ``(row, col, height, width)`` in px of the part that was scanned, None where the file does not say;
+            there is no tissue outside of it.
+        icc_profile: ICC profile of the stored pixels, None where there is none.
+        color: ``stored`` or ``srgb``, see :func:`open_slide`.
+        associated: name (``label``, ``macro``, ``thumbnail`` …) to a function without arguments that reads that image: RGB
+            ``[H, W, 3]``, uint8, in stored colours. Labels, and macros that show them, can hold names and numbers of
+            patients: the pipeline never reads them into its outputs, and neither should you.
     """
 
-    def __init__(self, path: Path, reader: str, handle: Any, mpp: float) -> None:
-        self.path, self.reader, self._handle, self.mpp = path, reader, handle, mpp
-        if reader == "cucim":
-            sizes, stated = handle.resolutions["level_dimensions"], handle.resolutions["level_downsamples"]
-        else:
-            sizes, stated = handle.level_dimensions, handle.level_downsamples
-        self._stated_downsamples = [float(v) for v in stated]  # by which the reader finds its place
-        self.level_shapes = tuple((int(height), int(width)) for width, height in sizes)
+    def __init__(self, path: Path, reader: SlideReader, mpp: float, color: str = "stored") -> None:
+        self.path, self.reader, self._reader, self.mpp, self.color = path, reader.name, reader, mpp, color
+        self.level_shapes = tuple(reader.level_shapes)
         self.shape = self.level_shapes[0]
-        self.level_downsamples = tuple(self._whole(v, shape) for v, shape in zip(self._stated_downsamples, self.level_shapes))
+        self.level_downsamples = tuple(self._whole(v, shape) for v, shape in zip(reader.downsamples, self.level_shapes))
+        self.icc_profile, self.bounds = reader.icc_profile, self._clip(reader.bounds)
+        self.associated: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType(
+            {name: partial(self._read_associated, name) for name in reader.associated}
+        )
+        self._convert = None
+        if color == "srgb" and self.icc_profile is not None:
+            try:
+                self._convert = to_srgb(self.icc_profile)
+            except ValueError as error:
+                raise SlideError(
+                    f"slide {path}: its colours cannot be converted to sRGB: {error}. Open it with color='stored'."
+                ) from error
+        elif color == "srgb":
+            logger.info("%s has no ICC profile; its pixels are taken to be sRGB.", path.name)
+
+    def _clip(self, bounds: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
+        if bounds is None:
+            return None
+        top, left = max(bounds[0], 0), max(bounds[1], 0)
+        bottom, right = min(bounds[0] + bounds[2], self.shape[0]), min(bounds[1] + bounds[3], self.shape[1])
+        return (top, left, bottom - top, right - left) if top < bottom and left < right else None
+
+    def _read_associated(self, name: str) -> np.ndarray:
+        try:
+            return self._reader.associated[name]()
+        except Exception as error:  # the libraries raise bare exceptions for damaged files
+            raise SlideError(f"the {name} image of slide {self.path} cannot be read: {error}.") from error
 
     def _whole(self, stated: float, shape: tuple[int, int]) -> float:
         """Readers divide the sizes of the levels, which were rounded when the slide was written: 4.0015 means 4."""
@@ -145,7 +172,7 @@ class Slide:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_slide, (self.path, self.reader, self.mpp)
+        return open_slide, (self.path, self.reader, self.mpp, self.color)
 
     def __enter__(self) -> Slide:
         return self
@@ -155,7 +182,7 @@ class Slide:
 
     def close(self) -> None:
         """Close the file."""
-        self._handle.close()
+        self._reader.close()
 
     def downsample_at(self, mpp: float) -> float:
         """Level-0 px per px at ``mpp`` µm/px.
@@ -180,25 +207,28 @@ class Slide:
         bottom, right = min(row + height, rows), min(col + width, cols)
         if bottom <= top or right <= left:
             return result
-        down, size = self._stated_downsamples[level], (right - left, bottom - top)
         try:
-            if self.reader == "cucim":
-                # It rounds down when it converts to the level, so round up here to meet the pixel meant.
-                pixels = np.asarray(self._handle.read_region((math.ceil(left * down), math.ceil(top * down)), size, level))[
-                    ..., :3
-                ]
-            else:
-                pixels = np.asarray(self._handle.read_region((round(left * down), round(top * down)), level, size))
-                alpha = pixels[..., 3:]
-                if alpha.min() < 255:
-                    pixels = np.round(pixels[..., :3] * (alpha / 255.0) + (255.0 - alpha)).astype(np.uint8)
-        except Exception as error:  # both libraries raise bare exceptions for damaged files
-            raise SlideError(
-                f"slide {self.path} cannot be read at level {level}, row {top}, column {left} (px of that level); it may be "
-                f"damaged: {error}. Copy it again from its source."
-            ) from error
-        result[top - row : bottom - row, left - col : right - col] = pixels[..., :3]
+            pixels = self._reader.read(level, top, left, bottom - top, right - left)
+            if self._convert is not None:
+                pixels = self._convert(pixels)
+        except Exception as error:  # the libraries raise bare exceptions for damaged files
+            raise self._damaged(level, top, left, error) from error
+        result[top - row : bottom - row, left - col : right - col] = pixels
         return result
+
+    def _damaged(self, level: int, row: int, col: int, error: Exception) -> SlideError:
+        return SlideError(
+            f"slide {self.path} cannot be read at level {level}, row {row}, column {col} (px of that level); it may be "
+            f"damaged: {error}. Copy it again from its source."
+        )
+
+    def _finer(self, downsample: float) -> tuple[int, float]:
+        """The coarsest level that is no coarser than ``downsample``, and px of it per px at ``downsample``."""
+        if not downsample > 0:
+            raise InputError(f"downsample must be positive, got {downsample}.")
+        level = max((i for i, value in enumerate(self.level_downsamples) if value <= downsample * (1 + 1e-6)), default=0)
+        ratio = downsample / self.level_downsamples[level]
+        return level, 1.0 if abs(ratio - 1) < 1e-6 else ratio
 
     def read(self, level: int, row: int, col: int, height: int, width: int) -> np.ndarray:
         """Pixels of one stored level.
@@ -244,11 +274,8 @@ class Slide:
         if (downsample is None) == (mpp is None):
             raise InputError(f"give either downsample or mpp, got downsample={downsample}, mpp={mpp}.")
         d = self.downsample_at(mpp) if downsample is None else float(downsample)
-        if not d > 0:
-            raise InputError(f"downsample must be positive, got {d}.")
-        level = max((i for i, value in enumerate(self.level_downsamples) if value <= d * (1 + 1e-6)), default=0)
-        ratio = d / self.level_downsamples[level]
-        if abs(ratio - 1) < 1e-6:
+        level, ratio = self._finer(d)
+        if ratio == 1:
             return self._read_level(level, row, col, height, width)
         margin = 1 if ratio < 1 else 0  # linear interpolation looks at neighbours
         top, left = math.floor(row * ratio) - margin, math.floor(col * ratio) - margin
@@ -258,6 +285,66 @@ class Slide:
         means = area_resample(fine, (row * ratio - top, col * ratio - left), ratio, (height, width))
         # Halves go up in spite of rounding errors, so that a pixel does not depend on the region it is read with.
         return np.clip(np.floor(means + (0.5 + 1e-6)), 0, 255).astype(np.uint8)
+
+    def read_many(
+        self, corners: Sequence[tuple[int, int]], height: int, width: int, *, downsample: float, workers: int = 2
+    ) -> np.ndarray:
+        """Pixels of many places at once, the same as :meth:`read_at` gives for each.
+
+        Where nothing is resampled, the places that lie within the level go through the reader's own batches if it has them
+        (cuCIM); all others through threads.
+
+        Args:
+            corners: ``(row, col)`` of each upper left corner in px at that resolution, may be negative.
+            height, width: size of each in px at that resolution.
+            downsample: level-0 px per px.
+            workers: threads.
+
+        Returns:
+            RGB ``[N, height, width, 3]``, uint8; white outside the slide.
+
+        Raises:
+            InputError: ``downsample`` or ``workers`` is not positive.
+            SlideError: the file is damaged at one of them.
+        """
+        if workers < 1:
+            raise InputError(f"workers must be at least 1, got {workers}.")
+        corners = [(int(row), int(col)) for row, col in corners]
+        result = np.empty((len(corners), height, width, 3), dtype=np.uint8)
+        level, ratio = self._finer(float(downsample))
+        rows, cols = self.level_shapes[level]
+        within = [
+            i for i, (row, col) in enumerate(corners) if 0 <= row <= rows - height and 0 <= col <= cols - width
+        ]  # fmt: skip
+        if ratio != 1 or not self._read_batch(level, [corners[i] for i in within], within, result, workers):
+            within = []
+        rest = sorted(set(range(len(corners))) - set(within))
+
+        def read(index: int) -> None:
+            result[index] = self.read_at(*corners[index], height, width, downsample=downsample)
+
+        if workers == 1 or len(rest) < 2:
+            for index in rest:
+                read(index)
+        else:
+            with ThreadPoolExecutor(min(workers, len(rest)), thread_name_prefix="slide-reader") as pool:
+                list(pool.map(read, rest))
+        return result
+
+    def _read_batch(
+        self, level: int, corners: list[tuple[int, int]], places: list[int], result: np.ndarray, workers: int
+    ) -> bool:
+        """Fill ``result`` at ``places`` by the reader's own batches; False where it has none."""
+        if not corners:
+            return False
+        try:
+            pixels = self._reader.read_batch(level, corners, *result.shape[1:3], workers)
+        except Exception as error:  # as in _read_level
+            raise self._damaged(level, *corners[0], error) from error
+        if pixels is None:
+            return False
+        result[places] = pixels if self._convert is None else [self._convert(one) for one in pixels]
+        return True
 
     def thumbnail(self, max_size: int | None = None, *, downsample: float | None = None) -> np.ndarray:
         """The whole slide, small.
@@ -283,87 +370,6 @@ class Slide:
         return np.concatenate(strips)
 
 
-def _probe_cucim(path: Path) -> str | None:
-    """Try cuCIM on a slide in a process of its own; why it cannot be used, or None."""
-    command = [sys.executable, "-c", _PROBE, str(path)]
-    try:
-        done = subprocess.run(command, timeout=PROBE_SECONDS, capture_output=True, text=True, errors="replace")
-    except subprocess.TimeoutExpired:
-        return f"beside a CUDA build of torch without a GPU driver it hung for {PROBE_SECONDS} s"
-    if done.returncode == 0:
-        return None
-    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return f"beside a CUDA build of torch without a GPU driver it failed: {said}"
-
-
-def _cucim_problem(path: Path) -> str | None:
-    """Why cuCIM cannot be used in this process, or None; tried with the first slide only."""
-    if not _verdict:
-        # Beside a CUDA build of torch on a machine without GPU driver cuCIM can hang for good inside libcufile.
-        risky = torch.version.cuda is not None and not torch.cuda.is_available()
-        _verdict.append(_probe_cucim(path) if risky else None)
-    return _verdict[0]
-
-
-def _check_complete(path: Path) -> None:
-    """cuCIM decodes what a truncated TIFF has lost as noise or black, without a word; so compare offsets with the size.
-
-    Raises:
-        SlideError: parts of the file are missing.
-    """
-    if not has_tifffile:
-        return
-    size = path.stat().st_size
-    with tifffile.TiffFile(path) as file:
-        pages = list(file.pages)
-        end = max((offset + count for page in pages for offset, count in zip(page.dataoffsets, page.databytecounts)), default=0)
-        # tifffile stops at a directory that lies beyond the end: look where the last one points.
-        tiff, handle = file.tiff, file.filehandle
-        handle.seek(pages[-1].offset)
-        (tags,) = struct.unpack(tiff.tagnoformat, handle.read(tiff.tagnosize))
-        handle.seek(pages[-1].offset + tiff.tagnosize + tags * tiff.tagsize)
-        (following,) = struct.unpack(tiff.offsetformat, handle.read(tiff.offsetsize))
-    needed = max(end, following)
-    if needed > size:
-        raise SlideError(f"the file is cut short: it has {size:,} bytes, its directory needs at least {needed:,}")
-
-
-def _open_cucim(path: Path) -> tuple[Any, tuple[float, float] | None]:
-    """Handle and µm/px (x, y), None where the file does not say."""
-    reason = _cucim_problem(path)
-    if reason is not None:
-        raise SlideError(reason)
-    # Imported here and not above, because already the import may hang.
-    cu_image, has_cucim = optional_import("cucim", name="CuImage")
-    if not has_cucim:
-        raise SlideError("it is not installed (pip install cucim)")
-    handle = cu_image(str(path))
-    _check_complete(path)
-    width, height = handle.resolutions["level_dimensions"][0]
-    pixels = np.asarray(handle.read_region((0, 0), (min(64, width), min(64, height)), 0))  # some open but cannot be decoded
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] < 3:
-        raise SlideError(f"pixels are {pixels.dtype} of shape {pixels.shape}, not 8-bit RGB")
-    if "aperio" in handle.metadata:
-        stated = handle.metadata["aperio"].get("MPP")
-        return handle, None if stated is None else (float(stated), float(stated))
-    # cuCIM gives a spacing of 1.0 where the file has none; only the units tell.
-    spacing, units = handle.metadata["cucim"]["spacing"], handle.metadata["cucim"]["spacing_units"]
-    return handle, (float(spacing[1]), float(spacing[0])) if units[0] == units[1] == "micrometer" else None
-
-
-def _open_openslide(path: Path) -> tuple[Any, tuple[float, float] | None]:
-    """Handle and µm/px (x, y), None where the file does not say."""
-    if not has_openslide:
-        raise SlideError("it is not installed (pip install openslide-python openslide-bin)")
-    handle = openslide.OpenSlide(str(path))
-    handle.read_region((0, 0), 0, (16, 16))
-    x, y = (handle.properties.get(key) for key in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y))
-    return handle, None if x is None or y is None else (float(x), float(y))
-
-
-_OPENERS = {"cucim": _open_cucim, "openslide": _open_openslide}
-
-
 def _resolve_mpp(path: Path, stated: tuple[float, float] | None, given: float | None) -> float:
     low, high = PLAUSIBLE_MPP
     if given is not None:
@@ -386,45 +392,55 @@ def _resolve_mpp(path: Path, stated: tuple[float, float] | None, given: float | 
     return (x + y) / 2
 
 
-def _is_dicom(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return path.suffix.lower() == ".dcm" or file.read(132)[128:] == b"DICM"
+def _passed_over(name: str, path: Path) -> str | None:
+    """Why a reader need not be tried on a slide, or None; readers of others may lack the question."""
+    unsuited = getattr(SLIDE_READERS[name], "unsuited", None)
+    return None if unsuited is None else unsuited(path)
 
 
-def open_slide(path: str | Path, reader: str = "auto", mpp: float | None = None) -> Slide:
+def open_slide(path: str | Path, reader: str = "auto", mpp: float | None = None, color: str = "stored") -> Slide:
     """Open a whole slide.
 
     Args:
-        path: the file.
-        reader: ``cucim``, ``openslide``, or ``auto``: cuCIM, and OpenSlide where cuCIM cannot (the reason is logged).
+        path: the file, or the folder of a DICOM series or an OME-Zarr image.
+        reader: a name in ``SLIDE_READERS`` (``cucim``, ``wsidicom``, ``openslide``, ``ome``, ``plain``), or ``auto``: each in
+            that order until one can (why others were passed over is logged).
         mpp: µm per level-0 px said by hand; overrides what the file says.
+        color: ``stored`` leaves pixels as they are in the file; ``srgb`` converts them by the file's ICC profile where there
+            is one. Stored is the default because networks are trained on stored pixels, most slides have no profile, and
+            mixing both in one cohort adds a difference between scanners instead of taking one away.
 
     Raises:
         InputError: ``mpp`` is not plausible.
-        SlideError: the file is missing, no reader can read it (tells what each reader said), or its pixel size is
-            missing, implausible, or differs between x and y by more than 2 %.
+        SlideError: the file is missing, no reader can read it (tells what each reader said), its pixel size is missing,
+            implausible, or differs between x and y by more than 2 %, or its ICC profile cannot be used.
+        ValueError: there is no such reader or colour.
     """
     path = Path(path)
-    look_up_option(reader, ("auto", *_OPENERS))
-    if not path.is_file():
-        raise SlideError(f"slide {path} does not exist or is no file.")
-    reasons = []
-    for name in _OPENERS if reader == "auto" else (reader,):
-        try:
-            handle, stated = _OPENERS[name](path)
-        except Exception as error:  # the libraries raise bare exceptions for files that they do not read
-            reasons.append(f"{name}: {error}")
+    look_up_option(reader, ("auto", *SLIDE_READERS.names))
+    look_up_option(color, COLORS)
+    if not path.exists():
+        raise SlideError(f"slide {path} does not exist.")
+    failed, unsuited = [], []
+    for name in SLIDE_READERS.names if reader == "auto" else (reader,):
+        reason = _passed_over(name, path) if reader == "auto" else None
+        if reason is not None:
+            unsuited.append(f"{name}: {reason}")
             continue
-        if reasons:
-            logger.warning("%s is read by OpenSlide, which is slower: %s", path.name, "; ".join(reasons))
-        return Slide(path, name, handle, _resolve_mpp(path, stated, mpp))
-    said = "; ".join(reasons)
-    if _is_dicom(path):
-        raise SlideError(
-            f"slide {path} is DICOM, which is not supported yet. Convert it to a tiled TIFF, with Bio-Formats for instance: "
-            f"bfconvert -series 0 -tilex 512 -tiley 512 -compression JPEG {path.name} {path.stem}.tif, and pass --mpp. ({said})"
-        )
+        try:
+            opened = SLIDE_READERS[name](path)
+        except Exception as error:  # the libraries raise bare exceptions for files that they do not read
+            failed.append(f"{name}: {error}")
+            continue
+        if failed or unsuited:
+            level = logging.WARNING if failed else logging.INFO
+            logger.log(level, "%s is read by %s; passed over: %s", path.name, name, "; ".join([*failed, *unsuited]))
+        try:
+            return Slide(path, opened, _resolve_mpp(path, opened.mpp, mpp), color)
+        except Exception:
+            opened.close()
+            raise
     raise SlideError(
         f"slide {path} cannot be read; it is damaged, cut short or of an unsupported kind. Copy it again from its source, or "
-        f"convert it to a pyramidal tiled TIFF (JPEG). ({said})"
+        f"convert it to a pyramidal tiled TIFF (JPEG). ({'; '.join([*failed, *unsuited])})"
     )

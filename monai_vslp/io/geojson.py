@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,34 @@ from typing import Any
 import numpy as np
 from monai.utils import optional_import
 
-from monai_vslp.utils.atomic import write_text
+from monai_vslp.io.lazy_maps import MapLike, halve_labels
+from monai_vslp.io.map_blocks import halve_block
+from monai_vslp.utils.atomic import atomic_path
+from monai_vslp.utils.errors import InputError
 
 __all__ = ["labels_to_geojson", "write_geojson"]
 
 ndimage, _ = optional_import("scipy.ndimage")
+
+MAX_PIXELS = 2**25  # of a map whose outlines are followed in memory
+MAX_EDGES = 2**22  # on these outlines, each counted once; polygons of that many take some 1.5 GiB
+
+
+def _edges(labels: np.ndarray) -> int:
+    """Number of pixel edges between different labels."""
+    return sum(int(np.count_nonzero(a != b)) for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])))
+
+
+def _traceable(labels: MapLike, max_pixels: int, max_edges: int) -> tuple[np.ndarray, int]:
+    """The finest of the levels of labels that keeps to both bounds, and how often it was halved."""
+    height, width = labels.shape
+    times = 0
+    while -(-height // 2**times) * -(-width // 2**times) > max_pixels:
+        times += 1
+    level = halve_labels(labels, times)
+    while _edges(level) > max_edges:
+        level, times = halve_block(level[None], labels=True)[0], times + 1
+    return level, times
 
 
 def _components(labels: np.ndarray, count: int, ignore: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,10 +81,12 @@ def _ring_corners(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     # Side s of a pixel is walked in direction s: 0 top, to the right; 1 right, down; 2 bottom, to the left; 3 left, up.
     across = np.array([-width, 1, width, -1])
     ahead = np.array([1, width, -1, -width])
-    inside = np.flatnonzero(flat)
-    keys = np.sort(
-        np.concatenate([inside[flat[inside + across[side]] != flat[inside]] * 4 + side for side in range(4)]), kind="stable"
-    )
+    beside = (padded[:-2, 1:-1], padded[1:-1, 2:], padded[2:, 1:-1], padded[1:-1, :-2])
+    outline = []
+    for side, other in enumerate(beside):
+        row, col = np.nonzero((regions != other) & (regions != 0))
+        outline.append(((row + 1) * width + col + 1) * 4 + side)
+    keys = np.sort(np.concatenate(outline), kind="stable")
     pixel, side = keys // 4, keys % 4
     right = pixel + ahead[side]
     left = right + across[side]
@@ -68,10 +94,9 @@ def _ring_corners(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     turns_left = flat[left] == own
     goes_on = ~turns_left & (flat[right] == own)
     following = np.where(turns_left, left * 4 + (side - 1) % 4, np.where(goes_on, right * 4 + side, pixel * 4 + (side + 1) % 4))
-    successor = np.searchsorted(keys, following).tolist()
-
-    order: list[int] = []
-    starts = [0]
+    # Arrays and not lists: those take five times the memory.
+    successor = array("q", np.searchsorted(keys, following).tobytes())
+    order, starts = array("q"), array("q", [0])
     seen = bytearray(len(keys))
     for start in range(len(keys)):
         if seen[start]:
@@ -82,8 +107,8 @@ def _ring_corners(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
             order.append(edge)
             edge = successor[edge]
         starts.append(len(order))
-    walked = np.array(order, dtype=np.int64)
-    first = np.array(starts, dtype=np.int64)
+    walked = np.frombuffer(order, dtype=np.int64)
+    first = np.frombuffer(starts, dtype=np.int64)
     pixel, side, own = pixel[walked], side[walked], own[walked]
     row = pixel // width - 1 + np.isin(side, (2, 3))
     col = pixel % width - 1 + np.isin(side, (1, 2))
@@ -189,7 +214,7 @@ def _simplify(corners: np.ndarray, first: np.ndarray, anchors: np.ndarray, toler
 
 
 def labels_to_geojson(
-    labels: np.ndarray,
+    labels: MapLike,
     *,
     classes: Sequence[str],
     colors: Sequence[Sequence[int]],
@@ -197,7 +222,10 @@ def labels_to_geojson(
     mpp: float | None = None,
     min_area: float = 16.0,
     tolerance: float = 0.75,
+    tolerance_um: float | None = None,
     ignore: int = 255,
+    max_pixels: int = MAX_PIXELS,
+    max_edges: int = MAX_EDGES,
 ) -> dict[str, Any]:
     """Connected regions of equal label as polygons.
 
@@ -205,37 +233,72 @@ def labels_to_geojson(
     the labelled pixels. Neighbours are simplified alike, so that no gaps or overlaps appear between them; up to the default
     tolerance, which straightens the staircases of diagonals, no ring was found to cross or touch itself.
 
+    Outlines are followed in memory. Labels with more pixels or longer outlines than that allows are halved by majorities of
+    2×2 pixels, read by blocks, until they fit; the collection says so. Each halving moves an outline by at most one pixel of
+    the finer level, where it is straight; what is thinner than two pixels of the traced level may vanish.
+
     Args:
-        labels: class indices, shape ``[H, W]``, uint8.
+        labels: class indices, shape ``[H, W]``, uint8; a NumPy or Zarr array, or another with NumPy's slicing.
         classes: name per class.
         colors: RGB per class, 0 … 255.
         downsample: level-0 px per px of ``labels``; coordinates are level-0 ``(x, y)``.
         mpp: µm per level-0 px; areas are then given in µm², else in level-0 px².
         min_area: smaller regions and holes are left out, px² of ``labels``.
-        tolerance: how far a simplified outline may lie from the pixel edges, px of ``labels``; 0 keeps every edge.
+        tolerance: how far a simplified outline may lie from the pixel edges, px of the traced level; 0 keeps every edge.
+        tolerance_um: the same in µm, in place of ``tolerance``; needs ``mpp``.
         ignore: label without polygons; so are labels beyond ``classes``.
+        max_pixels: of the traced level.
+        max_edges: pixel edges between different labels of the traced level.
 
     Returns:
         A GeoJSON ``FeatureCollection`` of QuPath annotations, by class and place: closed rings, holes after their outline, ids
-        that are the same for the same input, ``measurements`` with the area and its share of all labelled pixels.
+        that are the same for the same input, ``measurements`` with the area and its share of all labelled pixels. Its
+        ``properties`` are ``halvings`` (of the labels before their outlines were followed), ``pixel_px`` and ``pixel_um``
+        (side of the traced pixels, level-0 px and µm), ``tolerance_px`` and ``tolerance_um`` (how far outlines may lie from
+        the pixel edges of ``labels``: simplification and halvings together); those in µm are None without ``mpp``.
 
     Raises:
+        InputError: ``tolerance_um`` is negative, or given without ``mpp``.
         ValueError: ``labels`` is not ``[H, W]`` or there are not as many colours as classes.
     """
-    labels = np.asarray(labels)
-    if labels.ndim != 2 or len(colors) != len(classes):
+    if len(labels.shape) != 2 or len(colors) != len(classes):
         raise ValueError(
             f"expected labels [H, W] and a colour per class, got {list(labels.shape)}, {len(classes)}, {len(colors)}."
         )
+    if tolerance_um is not None and (mpp is None or not tolerance_um >= 0):
+        raise InputError(
+            f"tolerance_um must be at least 0 and needs the size of pixels, got {tolerance_um} and mpp={mpp}; give mpp (µm per "
+            "level-0 px), or tolerance in px."
+        )
+    full_height, full_width = labels.shape
+    labels, times = _traceable(labels, max_pixels, max_edges)
+    scale = 2**times
+    pixel = downsample * scale  # level-0 px
+    if tolerance_um is not None:
+        tolerance = tolerance_um / (pixel * mpp)
+    # An outline moves by up to 1 + 2 + 4 … px of the labels.
+    moved = tolerance * pixel + (scale - 1) * downsample
+    collection: dict[str, Any] = {
+        "type": "FeatureCollection",
+        "features": [],
+        "properties": {
+            "halvings": times,
+            "pixel_px": pixel,
+            "pixel_um": None if mpp is None else pixel * mpp,
+            "tolerance_px": moved,
+            "tolerance_um": None if mpp is None else moved * mpp,
+        },
+    }
     regions, owners = _components(labels, len(classes), ignore)
     if len(owners) == 1:
-        return {"type": "FeatureCollection", "features": []}
+        return collection
     sizes = np.bincount(regions.ravel(), minlength=len(owners))
     labelled = int(sizes[1:].sum())
     corners, first, region = _ring_corners(regions)
     areas = _areas(corners, first)
     anchors = _is_anchor(corners, regions)
-    wanted = (sizes[region] >= min_area) & ((areas > 0) | (-areas >= min_area))
+    smallest = min_area / scale**2
+    wanted = (sizes[region] >= smallest) & ((areas > 0) | (-areas >= smallest))
     kept = np.ones(len(corners), dtype=bool)
     while tolerance > 0:
         kept = _simplify(corners, first, anchors, tolerance)
@@ -253,16 +316,17 @@ def labels_to_geojson(
         here = slice(first[index], first[index + 1])
         rings.setdefault(int(region[index]), []).append(corners[here][kept[here]])
 
-    unit, name_of_area = downsample * (mpp or 1.0), "Area px²" if mpp is None else "Area µm²"
-    features = []
+    unit, name_of_area = pixel * (mpp or 1.0), "Area px²" if mpp is None else "Area µm²"
+    # Of odd sides the last pixel of a coarser level reaches beyond the map.
+    corner = np.array([full_width, full_height])
     for number, outlines in sorted(rings.items()):
         index = int(owners[number])
-        closed = [np.concatenate([ring, ring[:1]])[:, ::-1] * downsample for ring in outlines]
+        closed = [np.minimum(np.concatenate([ring, ring[:1]])[:, ::-1] * scale, corner) * downsample for ring in outlines]
         row, col = outlines[0][0]
-        features.append(
+        collection["features"].append(
             {
                 "type": "Feature",
-                "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{index}:{classes[index]}:{row}:{col}:{downsample}")),
+                "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{index}:{classes[index]}:{row}:{col}:{pixel}")),
                 "geometry": {"type": "Polygon", "coordinates": [ring.round(2).tolist() for ring in closed]},
                 "properties": {
                     "objectType": "annotation",
@@ -274,9 +338,19 @@ def labels_to_geojson(
                 },
             }
         )
-    return {"type": "FeatureCollection", "features": features}
+    return collection
 
 
 def write_geojson(path: str | Path, collection: dict[str, Any]) -> Path:
-    """Write a collection atomically."""
-    return write_text(path, json.dumps(collection, separators=(",", ":"), ensure_ascii=False))
+    """Write a collection atomically, feature by feature, so that its text is never in memory as a whole."""
+
+    def text(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+    others = [f"{text(key)}:{text(value)}" for key, value in collection.items() if key != "features"]
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("{" + ",".join([*others, '"features":[']))
+        for number, feature in enumerate(collection["features"]):
+            file.write(("," if number else "") + text(feature))
+        file.write("]}")
+    return Path(path)

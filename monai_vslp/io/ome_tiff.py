@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.utils import optional_import
 
+from monai_vslp.io.lazy_maps import Derived, MapLike, TileFile, read_window
+from monai_vslp.io.map_blocks import aligned_windows
 from monai_vslp.utils.atomic import atomic_path
 from monai_vslp.utils.errors import ImageReadError
 
@@ -21,32 +25,12 @@ tifffile, _ = optional_import("tifffile")
 
 SMALLEST_LEVEL = 512  # px; the pyramid ends where the longer side is no greater
 NAMESPACE = "monai_vslp"  # of the annotation with the description
+BUFFER_BYTES = 2**24  # of tiles that wait for their compression
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
     """Code values in [0, 1] as 0 … 255."""
     return np.round(np.clip(values, 0.0, 1.0) * 255.0).astype(np.uint8)
-
-
-def _blocks(array: np.ndarray) -> np.ndarray:
-    """2×2 blocks of ``[C, H, W]``, shape ``[4, C, H/2, W/2]``; odd sides are extended by their last pixels."""
-    height, width = array.shape[1:]
-    if height % 2 or width % 2:
-        array = np.pad(array, ((0, 0), (0, height % 2), (0, width % 2)), mode="edge")
-    return np.stack([array[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])
-
-
-def _halve(array: np.ndarray, labels: bool) -> np.ndarray:
-    """Next level of a pyramid, ``[C, H, W]``: majorities of 2×2 pixels of labels, means of anything else."""
-    blocks = _blocks(array)
-    if not labels:
-        means = blocks.mean(axis=0, dtype=np.float32)
-        return means if array.dtype == np.float32 else np.round(means).astype(array.dtype)
-    a, b, c, d = blocks
-    # Of four values the most frequent one, of equally frequent ones that which comes first: a unless b = c, b = d or c = d
-    # and a occurs once.
-    alone = (a != b) & (a != c) & (a != d)
-    return np.where(alone & ((b == c) | (b == d)), b, np.where(alone & (c == d), c, a))
 
 
 def _color(rgb: Sequence[int]) -> int:
@@ -55,9 +39,28 @@ def _color(rgb: Sequence[int]) -> int:
     return int.from_bytes(bytes([red, green, blue, 255]), "big", signed=True)
 
 
+def _scan(array: MapLike, tile: int, level: TileFile | None) -> str:
+    """Digest of a map ``[C, H, W]``, taken tile by tile, so that it depends on nothing but the values; copies to ``level``."""
+    digests = {}
+    for window in aligned_windows(array, tile):
+        rows, cols = window.core
+        block = read_window(array, rows, cols)
+        for top in range(0, block.shape[1], tile):
+            for left in range(0, block.shape[2], tile):
+                part = np.ascontiguousarray(block[:, top : top + tile, left : left + tile])
+                place = ((rows.start + top) // tile, (cols.start + left) // tile)
+                digests[place] = hashlib.sha256(part).digest()
+                for channel, plane in enumerate(part if level is not None else ()):
+                    level.write(channel, *place, plane)
+    whole = hashlib.sha256(f"{list(array.shape)} {np.dtype(array.dtype)}".encode())
+    for place in sorted(digests):
+        whole.update(digests[place])
+    return whole.hexdigest()
+
+
 def write_ome_tiff(
     path: str | Path,
-    array: np.ndarray,
+    array: MapLike,
     *,
     channels: Sequence[str],
     mpp: float | None = None,
@@ -70,16 +73,20 @@ def write_ome_tiff(
 ) -> Path:
     """Write a map atomically, with its levels as SubIFDs where ``pyramid`` is set.
 
+    With a pyramid the map is read once, by blocks, and its levels wait uncompressed in nameless files beside ``path`` (4/3 of
+    the map's bytes) until they are written, so that memory does not grow with the map. The same values give the same bytes,
+    whatever kind of array holds them.
+
     Args:
         path: ends in ``.tif``.
-        array: shape ``[C, H, W]`` or ``[H, W]``, uint8 or float32.
+        array: shape ``[C, H, W]`` or ``[H, W]``, uint8 or float32; a NumPy or Zarr array, or another with NumPy's slicing.
         channels: name of each channel.
         mpp: µm/px of ``array``, None where unknown.
         labels: class indices, uint8; lower levels then hold majorities of 2×2 pixels instead of means.
         colors: RGB 0 … 255 per channel, in which viewers show it.
         description: further values (names and colours of the classes of a label map, say), kept as a map annotation: text as
             it is, anything else as JSON.
-        pyramid: add levels of half the size down to 512 px, everything in tiles.
+        pyramid: add levels of half the size down to 512 px, everything in tiles; without, the map is read into memory.
         tile: side of the tiles in px, a multiple of 16.
         compression: as tifffile names it, None for none.
 
@@ -87,37 +94,51 @@ def write_ome_tiff(
         OSError: the file cannot be written; one that was there stays.
         ValueError: shapes, types and names do not fit each other.
     """
-    array = array[None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.dtype not in (np.uint8, np.float32) or 0 in array.shape:
-        raise ValueError(f"expected uint8 or float32 of shape [C, H, W] or [H, W], got {array.dtype} of {list(array.shape)}.")
-    if labels and array.dtype != np.uint8:
-        raise ValueError(f"labels must be uint8, got {array.dtype}.")
-    if len(channels) != len(array) or (colors is not None and len(colors) != len(array)):
+    shape, dtype = tuple(int(side) for side in array.shape), np.dtype(array.dtype)
+    if len(shape) == 2:
+        array, shape = Derived(lambda plane: plane[None], array, dtype=dtype, leading=(1,)), (1, *shape)
+    if len(shape) != 3 or dtype not in (np.uint8, np.float32) or 0 in shape:
+        raise ValueError(f"expected uint8 or float32 of shape [C, H, W] or [H, W], got {dtype} of {list(shape)}.")
+    if labels and dtype != np.uint8:
+        raise ValueError(f"labels must be uint8, got {dtype}.")
+    if len(channels) != shape[0] or (colors is not None and len(colors) != shape[0]):
         names = list(channels) if colors is None else (list(channels), list(colors))
-        raise ValueError(f"{len(array)} channels need as many names and colours, got {names}.")
+        raise ValueError(f"{shape[0]} channels need as many names and colours, got {names}.")
     channel: dict[str, Any] = {"Name": list(channels)}
     if colors is not None:
         channel["Color"] = [_color(rgb) for rgb in colors]
-    # By the contents, so that the same map gives the same file.
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, hashlib.sha256(np.ascontiguousarray(array)).hexdigest())
-    metadata: dict[str, Any] = {"axes": "CYX", "Channel": channel, "UUID": str(identity)}
+    metadata: dict[str, Any] = {"axes": "CYX", "Channel": channel}
     if mpp is not None:
         metadata |= {"PhysicalSizeX": mpp, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": mpp, "PhysicalSizeYUnit": "µm"}
     if description is not None:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
         metadata["MapAnnotation"] = {"Namespace": NAMESPACE, **texts}
-    levels = [array]
-    while pyramid and max(levels[-1].shape[1:]) > SMALLEST_LEVEL:
-        levels.append(_halve(levels[-1], labels))
     options: dict[str, Any] = {"compression": compression, "photometric": "minisblack", "maxworkers": 2}
-    if pyramid:
-        options["tile"] = (tile, tile)
-    # Classic TIFF ends at 4 GB, compressed or not; what is more than half of that uncompressed gets 64-bit offsets.
-    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, ome=True, bigtiff=array.nbytes > 2**31) as writer:
-        for index, level in enumerate(levels):
-            resolution = None if mpp is None else (1e4 / (mpp * 2**index),) * 2
-            extra = {"metadata": metadata, "subifds": len(levels) - 1} if index == 0 else {"subfiletype": 1, "metadata": None}
-            writer.write(level, resolution=resolution, resolutionunit=None if mpp is None else "CENTIMETER", **options, **extra)
+    options |= {"dtype": dtype, "buffersize": BUFFER_BYTES}
+    with atomic_path(path) as temporary, ExitStack() as files:
+        levels: list[np.ndarray | TileFile] = []
+        if pyramid:
+            options["tile"] = (tile, tile)
+            levels.append(files.enter_context(TileFile(temporary.parent, shape, dtype, tile)))
+            digest = _scan(array, tile, levels[0])
+            while max(levels[-1].shape[1:]) > SMALLEST_LEVEL:
+                levels.append(files.enter_context(levels[-1].halved(temporary.parent, labels)))
+        else:
+            levels.append(read_window(array, slice(0, shape[1]), slice(0, shape[2])))
+            digest = _scan(levels[0], tile, None)
+        # By the contents, so that the same map gives the same file.
+        metadata["UUID"] = str(uuid.uuid5(uuid.NAMESPACE_OID, digest))
+        # Classic TIFF ends at 4 GB, compressed or not; what is more than half of that uncompressed gets 64-bit offsets.
+        bigtiff = math.prod(shape) * dtype.itemsize > 2**31
+        with tifffile.TiffWriter(temporary, ome=True, bigtiff=bigtiff) as writer:
+            for index, level in enumerate(levels):
+                data = level.tiles() if isinstance(level, TileFile) else iter(level)
+                resolution = None if mpp is None else (1e4 / (mpp * 2**index),) * 2
+                extra = (
+                    {"metadata": metadata, "subifds": len(levels) - 1} if index == 0 else {"subfiletype": 1, "metadata": None}
+                )
+                unit = None if mpp is None else "CENTIMETER"
+                writer.write(data, shape=level.shape, resolution=resolution, resolutionunit=unit, **options, **extra)
     return Path(path)
 
 

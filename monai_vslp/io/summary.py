@@ -18,6 +18,7 @@ __all__ = ["SUMMARY_NAME", "build_summary", "read_summary", "validate_summary"]
 SUMMARY_NAME = "summary.json"
 KINDS = ("image", "slide")
 VERSIONED = ("monai", "torch", "timm", "numpy")  # packages whose versions are recorded beside our own
+REGION_VALUES = ("given", "refined", "labels", "psi")  # by class
 # What may be absent, as in files written by others, and what then holds.
 DEFAULTS: dict[str, Any] = {
     "source": "",
@@ -30,6 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "converged": True,
     "reason": "",
     "tissue_fraction": None,
+    "regions": [],
+    "views": None,
     "options": {},
     "seconds": {},
     "versions": {},
@@ -79,6 +82,8 @@ def build_summary(
     mpp: float | None = None,
     level0_shape: Sequence[int] | None = None,
     downsample: float = 1.0,
+    regions: Sequence[Mapping[str, Any]] = (),
+    views: Any = None,
     options: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -105,6 +110,10 @@ def build_summary(
         mpp: µm per px of ``labels.tif``; None where unknown.
         level0_shape: ``(H, W)`` of the input in px; None for ``shape``.
         downsample: level-0 px per px of ``labels.tif``.
+        regions: parts with proportions of their own, each with ``name``; ``given``, ``refined``, ``labels`` and ``psi``, as
+            above, ``[C]``, None where unknown; ``residual``; and ``tissue_fraction``, the tissue of the region as a share of
+            the area of the whole map.
+        views: how many test-time views were used, and where; JSON-like.
         options: how it was made; JSON-like.
         seconds: time per step, s.
 
@@ -138,6 +147,8 @@ def build_summary(
         "residual": None if residual is None else float(residual),
         "converged": bool(converged),
         "reason": str(reason),
+        "regions": [_region(classes, region) for region in regions],
+        "views": views,
         "options": dict(options or {}),
         "seconds": {key: round(float(value), 3) for key, value in (seconds or {}).items()},
         "versions": _versions(),
@@ -145,6 +156,16 @@ def build_summary(
     if kind == "image" and "calibration" in summary["options"]:  # intervals are measured on images, not on slides
         summary["interval"] = _interval(summary["proportions"]["confidence"], summary["options"]["calibration"])
     return validate_summary(summary)
+
+
+def _region(classes: Sequence[str], region: Mapping[str, Any]) -> dict[str, Any]:
+    """A region as ``summary.json`` has it."""
+    allowed = {"name", *REGION_VALUES, "residual", "tissue_fraction"}
+    if "name" not in region or not set(region) <= allowed:
+        raise InputError(f"a region has a name and may have {', '.join(sorted(allowed))}; got {', '.join(map(str, region))}.")
+    values = {key: _by_class(classes, region.get(key), f"{key} of region {region['name']!r}") for key in REGION_VALUES}
+    numbers = {key: None if region.get(key) is None else float(region[key]) for key in ("residual", "tissue_fraction")}
+    return {"name": str(region["name"])} | values | numbers
 
 
 def _interval(confidence: Mapping[str, float | None], calibration: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +188,15 @@ def _is_class_values(value: Any, classes: Sequence[str]) -> bool:
         isinstance(value, Mapping)
         and set(value) == set(classes)
         and all(v is None or isinstance(v, Real) for v in value.values())
+    )
+
+
+def _is_region(region: Any, classes: Sequence[str]) -> bool:
+    return (
+        isinstance(region, Mapping)
+        and isinstance(region.get("name"), str)
+        and region["name"] != ""
+        and all(region.get(key) is None or _is_class_values(region[key], classes) for key in REGION_VALUES)
     )
 
 
@@ -199,6 +229,11 @@ def _problems(summary: Mapping[str, Any]) -> list[str]:
     psi = summary.get("psi")
     if not (psi is None or _is_class_values(psi, classes)):
         problems.append(f"psi must have one number per class or be null, got {psi!r}")
+    regions = summary.get("regions", [])
+    if not (isinstance(regions, list) and all(_is_region(region, classes) for region in regions)):
+        problems.append(f"regions must be a list of objects with a name and one number per class, got {regions!r}")
+    elif len({region["name"] for region in regions}) != len(regions):
+        problems.append(f"regions repeat a name: {[region['name'] for region in regions]}")
     energies = summary.get("energies", [])
     if not (isinstance(energies, list) and all(isinstance(e, Real) for e in energies)):
         problems.append(f"energies must be a list of numbers, got {energies!r}")

@@ -72,7 +72,7 @@ class FeatureCache:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
+            with atomic_path(path, durable=False) as temporary:  # a damaged entry is computed anew
                 torch.save(entry.clone(), temporary)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self._writes = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -102,27 +102,16 @@ class VariationalRefinement(Transform):
             mass = mass[0] if mass.ndim == 3 else mass
         if image is not None:
             image = convert_to_tensor(image, track_meta=False)
-        if proportions is not None:
-            proportions = convert_to_tensor(proportions, dtype=torch.float64, track_meta=False)
-        trust, limits = self.options.trust, None
-        if proportions is None and self.own_trust > 0:
+
+        def own() -> torch.Tensor:
             weight = torch.ones_like(q[0]) if mass is None else mass
-            proportions = (q * weight).sum(dim=(1, 2), dtype=torch.float64) / weight.sum(dtype=torch.float64).clamp_min(1e-12)
-            trust = self.own_trust
-        elif proportions is not None and self.rule == "raters":
-            if spread is None:
-                raise InputError("trust='raters' needs the spread between raters beside the proportions.")
-            trust = trust_from_spread(proportions, convert_to_tensor(spread, dtype=torch.float64, track_meta=False))
-            trust = SINGLE_RATER_TRUST if math.isinf(trust) else trust
-        elif proportions is not None and self.rule == "bounds":
-            if bounds is None:
-                raise InputError("trust='bounds' needs lower and upper fractions beside the proportions.")
-            limits = tuple(convert_to_tensor(x, dtype=torch.float64, track_meta=False) for x in bounds)
-            proportions = None
+            return (q * weight).sum(dim=(1, 2), dtype=torch.float64) / weight.sum(dtype=torch.float64).clamp_min(1e-12)
+
+        given, trust, limits = self.terms(proportions, spread, bounds, own)
         if self.learned is not None:
             return self.learned(
                 q,
-                proportions,
+                given,
                 mass,
                 image,
                 bounds=limits,
@@ -130,8 +119,48 @@ class VariationalRefinement(Transform):
                 pixel_size=self.pixel_size,
                 epsilon=self.options.epsilon,
             )
-        options = replace(self.options, trust=trust, alpha=self.options.alpha / self.pixel_size)
-        return refine(q, proportions, mass, image, bounds=limits, **asdict(options))
+        return refine(q, given, mass, image, bounds=limits, **asdict(self.options_for(trust)))
+
+    def options_for(self, trust: float) -> RefinementOptions:
+        """Options of the variational problem on maps of ``pixel_size``, with another trust."""
+        return replace(self.options, trust=trust, alpha=self.options.alpha / self.pixel_size)
+
+    def terms(
+        self,
+        proportions: NdarrayOrTensor | None,
+        spread: NdarrayOrTensor | None,
+        bounds: Sequence[NdarrayOrTensor] | None,
+        own: Callable[[], torch.Tensor],
+    ) -> tuple[torch.Tensor | None, float, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What the rule of trust makes of what is known about the proportions.
+
+        Args:
+            proportions, spread, bounds: as of :meth:`__call__`.
+            own: gives the network's own proportions, shape ``[C]``, where they are asked for.
+
+        Returns:
+            Proportions ``[C]``, float64, or None; ρ; lower and upper bounds, or None.
+
+        Raises:
+            InputError: a rule of trust without what it rests on.
+        """
+        given, trust, limits = None, self.options.trust, None
+        if proportions is None:
+            if self.own_trust > 0:
+                given, trust = own(), self.own_trust
+            return given, trust, limits
+        given = convert_to_tensor(proportions, dtype=torch.float64, track_meta=False)
+        if self.rule == "raters":
+            if spread is None:
+                raise InputError("trust='raters' needs the spread between raters beside the proportions.")
+            trust = trust_from_spread(given, convert_to_tensor(spread, dtype=torch.float64, track_meta=False))
+            trust = SINGLE_RATER_TRUST if math.isinf(trust) else trust
+        elif self.rule == "bounds":
+            if bounds is None:
+                raise InputError("trust='bounds' needs lower and upper fractions beside the proportions.")
+            limits = tuple(convert_to_tensor(x, dtype=torch.float64, track_meta=False) for x in bounds)
+            given = None
+        return given, trust, limits
 
 
 class VariationalRefinementd(MapTransform):

@@ -24,6 +24,9 @@ threshold_otsu, _ = optional_import("skimage.filters", name="threshold_otsu")
 SEED_BOUNDS = (0.02, 0.045)
 EXTENT_BOUNDS = (0.012, 0.018)
 BLACK = 40  # brighter channels than this are no pen stroke and no scanner border
+FILL = 254.5  # of a channel; pure white
+ALIKE = 6.0  # levels within which a colour is one
+SECOND_GLASS = 0.05  # of what is not pure white; edges of tissue beside pure white are rarely of one colour
 PEN = 0.15  # optical density from which a hue is judged
 
 
@@ -39,6 +42,31 @@ def _pen(density: np.ndarray) -> np.ndarray:
     cold = (red > PEN) & (red > 1.25 * green)
     warm = (green > PEN) & (blue > 0.85 * green) & (red < 0.25 * green)
     return cold | warm
+
+
+def _glass(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Colour of glass, and what the scanner left out.
+
+    Glass is what the brightest pixels show; noise must not brighten it. Scanners fill what they leave out with pure white;
+    glass beside it, a little darker, must not pass for tissue. It is told from tissue by being of one colour.
+
+    Args:
+        rgb: shape ``[3, H, W]``, float, 0 … 255.
+
+    Returns:
+        RGB ``[3]``, and a mask ``[H, W]``, bool.
+    """
+    white = rgb.min(axis=0) > FILL
+    quiet = gaussian_filter(rgb, (0, 2, 2))
+    glass = np.quantile(quiet.reshape(3, -1), 0.99, axis=1).clip(200.0, 255.0)
+    if white.mean() > 0.01 and not white.all():
+        weight = gaussian_filter((~white).astype(np.float32), 2)
+        quiet = gaussian_filter(rgb * ~white, (0, 2, 2))[:, ~white] / weight[~white]
+        other = np.quantile(quiet, 0.99, axis=1).clip(200.0, 255.0)
+        alike = (np.abs(quiet - other[:, None]) < ALIKE).all(axis=0)
+        if alike.mean() > SECOND_GLASS:
+            return other, white
+    return glass, np.zeros_like(white)
 
 
 def _without_small(mask: np.ndarray, size: float) -> np.ndarray:
@@ -98,11 +126,9 @@ class TissueMask(Transform):
         else:
             raise InputError(f"images that are not uint8 need values in [0, 1], got a maximum of {rgb.max():g}; divide by 255.")
         border = rgb.max(axis=0) < BLACK
-        # Glass is what most bright pixels show; scanners do not render it as exactly white. Noise must not brighten it.
-        quiet = gaussian_filter(rgb, (0, 2, 2))
-        glass = np.quantile(quiet.reshape(3, -1), 0.99, axis=1).clip(200.0, 255.0)[:, None, None]
-        density = -np.log10(np.maximum(rgb / glass, 1 / 255))
-        density[:, border] = 0.0
+        glass, unscanned = _glass(rgb)
+        density = -np.log10(np.maximum(rgb / glass[:, None, None], 1 / 255))
+        density[:, border | unscanned] = 0.0
         density = gaussian_filter(density, (0, self.smooth / self.mpp, self.smooth / self.mpp))
         mean = density.mean(axis=0)
         mean[_pen(density)] = 0.0

@@ -16,11 +16,16 @@ __all__ = ["atomic_path", "write_json", "write_text"]
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it over ``path`` when the block succeeds, else delete it.
 
     The temporary name keeps the suffix of ``path``, because many writers choose the format by it. Parent folders are
     made.
+
+    Args:
+        path: the file.
+        durable: wait until the content is on the disk, so that even a power cut leaves no empty file. For many small files
+            that can be made again, waiting costs more than making them.
 
     Raises:
         OSError: the file cannot be written (a full disk, say); ``path`` is then as it was before.
@@ -32,8 +37,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private to the user; the result is not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from monai_vslp.variational.marginal import Marginal
+from monai_vslp.variational.passes import Passes, SerialPasses, write_from
 from monai_vslp.variational.potential import Potential, WeightedSum
 from monai_vslp.variational.regularizer import HuberTotalVariation
 from monai_vslp.variational.solver import Problem, Solution, Step, StoppingRule, minimize
@@ -52,6 +54,7 @@ def solve_levels(
     on_step: Callable[[Step], bool | None] | None = None,
     allocate: Allocate | None = None,
     window: tuple[int, int] | None = None,
+    passes: Passes | None = None,
 ) -> tuple[Solution, Potential | None]:
     """Minimise the energy on a grid, started from coarser ones.
 
@@ -66,12 +69,14 @@ def solve_levels(
         on_step: see :func:`~monai_vslp.variational.solver.minimize`.
         allocate: makes the arrays that are worked in, by shape; in memory beside the costs by default.
         window: rows and columns of the windows that passes are made in; strips that suit the processor by default.
+        passes: who makes the passes; this process by default. Others need maps that are files.
 
     Returns:
         The solution, and the potential that was minimised with it.
     """
     classes, height, width = level.cost.shape
     make = allocate if allocate is not None else _in_memory(level)
+    passes = SerialPasses() if passes is None else passes
     terms = list(others)
     if alpha > 0:
         terms.append((alpha, HuberTotalVariation(level.mass, level.weight, huber)))
@@ -80,7 +85,7 @@ def solve_levels(
     psi = None
     if start is None and multigrid and alpha > 0 and not others and min(height, width) >= 2 * COARSEST_SIDE:
         coarse, _ = solve_levels(
-            _coarsened(level, windows, make),
+            _coarsened(level, windows, make, passes),
             marginal=marginal,
             epsilon=epsilon,
             alpha=alpha / 2,  # a boundary crosses half as many of a quarter of the cells: its length per cell doubles
@@ -89,16 +94,15 @@ def solve_levels(
             on_step=on_step,
             allocate=allocate,
             window=window,
+            passes=passes,
         )
         psi = coarse.psi
         start = make((classes, height, width))
-        for part in windows:
-            key = (slice(None), *part.core)
-            start[key] = _refined(coarse, level.cost[key], part, (height, width))
+        passes.map(_refine, windows, coarse, level.cost, start)
     elif start is not None:
         start = start.clone() if isinstance(start, torch.Tensor) else start
     problem = Problem(level.cost, level.mass, epsilon, marginal, smooth, windows)
-    solution = minimize(problem, make, stopping, start=start, psi=psi, on_step=on_step)
+    solution = minimize(problem, make, stopping, start=start, psi=psi, on_step=on_step, passes=passes)
     return solution, smooth
 
 
@@ -130,44 +134,45 @@ def _pooled(x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(x[None], 2, ceil_mode=True, count_include_pad=False)[0]
 
 
-def _coarsened(level: Level, windows: Sequence[Window], make: Allocate) -> Level:
+def _coarsened(level: Level, windows: Sequence[Window], make: Allocate, passes: Passes) -> Level:
     """The energy's data on a grid of half the resolution: mass, and means of cost and weight."""
     classes, height, width = level.cost.shape
     half = ((height + 1) // 2, (width + 1) // 2)
-    cost, mass = make((classes, *half)), make(half)
+    cost, share = make((classes, *half)), make(half)
     weight = None if level.weight is None else make(half)
-    total = 0.0
-    rows = max(2, windows[0].core[0].stop // 2 * 2)
-    columns = max(2, windows[0].core[1].stop + windows[0].core[1].stop % 2)
-    for part in split_windows((height, width), (rows, columns)):
-        key = part.core
-        target = tuple(slice(s.start // 2, (s.stop + 1) // 2) for s in key)
-        fine = level.mass[key]
-        share = _pooled(fine[None])[0]
-        mass[target] = share
-        total += float(share.sum(dtype=torch.float64))
-        fine_cost = level.cost[(slice(None), *key)]
-        cost[(slice(None), *target)] = _pooled(fine_cost * fine) / share.clamp_min(torch.finfo(fine.dtype).tiny)
-        if weight is not None:
-            weight[target] = _pooled(level.weight[key][None])[0]
-    for part in split_windows(half, (rows, columns)):
-        mass[part.core] = mass[part.core] / total
+    parts = split_windows(half, tuple(side.stop for side in windows[0].core))  # those that are worked in on that grid
+    total = sum(passes.map(_coarsen, parts, level, cost, share, weight))
+    mass = make(half)
+    passes.map(write_from, parts, share, mass, operator.truediv, total)
     return Level(cost, mass, weight)
 
 
-def _refined(coarse: Solution, cost: torch.Tensor, window: Window, shape: tuple[int, int]) -> torch.Tensor:
-    r"""Logarithm of a start on a window of the finer grid: the coarse solution between its cells, and what the pixels say.
+def _coarsen(part: Window, level: Level, cost: MapArray, mass: MapArray, weight: MapArray | None) -> float:
+    """Write means on a window of the coarser grid; returns the sum of those of the mass."""
+    key = tuple(slice(2 * side.start, min(2 * side.stop, length)) for side, length in zip(part.core, level.shape))
+    fine = level.mass[key]
+    share = _pooled(fine[None])[0]
+    mass[part.core] = share
+    fine_cost = level.cost[(slice(None), *key)]
+    cost[(slice(None), *part.core)] = _pooled(fine_cost * fine) / share.clamp_min(torch.finfo(fine.dtype).tiny)
+    if weight is not None:
+        weight[part.core] = _pooled(level.weight[key][None])[0]
+    return float(share.sum(dtype=torch.float64))
+
+
+def _refine(window: Window, coarse: Solution, cost: MapArray, start: MapArray) -> None:
+    r"""Write the logarithm of a start on a window: the coarse solution between its cells, and what the pixels say.
 
     .. math:: u^0 = (1 - \theta)\,\text{bilinear}(u^{\text{coarse}}) + \theta\,\operatorname{softmax}(-c)
 
     A pixel that starts at a corner of the simplex takes many steps to leave it, because the steps are multiplicative.
     """
-    half = ((shape[0] + 1) // 2, (shape[1] + 1) // 2)
     cells, inside = [], []
-    for span, length in zip(window.core, half):
-        first, last = max(span.start // 2 - 1, 0), min((span.stop + 1) // 2 + 1, length)
+    for span, length in zip(window.core, cost.shape[1:]):
+        first, last = max(span.start // 2 - 1, 0), min((span.stop + 1) // 2 + 1, (length + 1) // 2)
         cells.append(slice(first, last))
         inside.append(slice(span.start - 2 * first, span.stop - 2 * first))
     u = coarse.log_u(*cells).exp()
     u = F.interpolate(u[None], scale_factor=2, mode="bilinear", align_corners=False)[0][(slice(None), *inside)]
-    return torch.lerp(u, torch.softmax(-cost, dim=0), PIXEL_SHARE).clamp_min_(1e-4).log_()
+    key = (slice(None), *window.core)
+    start[key] = torch.lerp(u, torch.softmax(-cost[key], dim=0), PIXEL_SHARE).clamp_min_(1e-4).log_()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,12 @@ from monai.utils import optional_import
 from monai_vslp.utils.errors import InputError, ProportionError
 from monai_vslp.variational.fidelity import AssignmentFidelity, assignment_cost
 from monai_vslp.variational.levels import WINDOW_VALUES, Level, solve_levels
+from monai_vslp.variational.passes import Passes, SerialPasses, write_from
 from monai_vslp.variational.potential import Potential
 from monai_vslp.variational.refine import RefinementOptions, check_proportions, marginal_for, refinement_options
+from monai_vslp.variational.scratch import ScratchArrays, working_folders
 from monai_vslp.variational.solver import Solution, Step, StoppingRule
-from monai_vslp.variational.windows import DiskArray, MapArray, Window, split_windows
+from monai_vslp.variational.windows import MapArray, Window, split_windows
 
 zarr, _ = optional_import("zarr", descriptor="{} is needed for maps larger than memory: pip install 'zarr>=3'")
 
@@ -126,6 +125,7 @@ def refine_store(
     u_dtype: str = "float16",
     energy_dtype: str = "float16",
     on_step: Callable[[Step], bool | None] | None = None,
+    passes: Passes | None = None,
     **options: float | int | bool | str,
 ) -> StoreResult:
     r"""Fuse pixel-wise confidences with global proportions and total variation, in memory that the map's size leaves alone.
@@ -137,8 +137,13 @@ def refine_store(
 
     which is the energy of :func:`~monai_vslp.variational.refine.refine` with total variation, and the same solver. All
     its passes go over windows of the map; costs and iterates lie in scratch files (:func:`scratch_bytes` says how large)
-    that are removed at the end, whatever it is. The stores are read and written by whole chunks, once. A chunk is held as a
+    that are removed at the end, whatever it is; what a killed process left is removed by the next call for the same output
+    and scratch folder. The stores are read and written by whole chunks, once (a mass twice). A chunk is held as a
     whole, so a store of few huge chunks should be rechunked first.
+
+    With :class:`~monai_vslp.variational.passes.ProcessPasses`, or :class:`~monai_vslp.variational.passes.ExecutorPasses` for
+    any other executor, all passes are shared by workers that see the same disk. The result does not depend on how many
+    they are; it is that of one process with one thread.
 
     The group at ``output`` holds, with ``NO_TISSUE`` = 255 for labels of pixels without mass,
 
@@ -168,6 +173,7 @@ def refine_store(
         energy_dtype: ``float16`` or ``float32``.
         on_step: called with a :class:`~monai_vslp.variational.solver.Step` after each step; returning False stops there,
             with what has been found. An exception from it ends the call and leaves nothing behind.
+        passes: who makes the passes; this process by default. Others open the maps themselves: give them as paths.
         **options: fields of :class:`~monai_vslp.variational.refine.RefinementOptions`; ``edge_strength`` has no effect, and
             ``fusion_weight`` must be 0.
 
@@ -178,7 +184,9 @@ def refine_store(
         InputError: a shape, value or option that cannot be used (values with the tile that holds them), an output that
             exists, a mass of 0 everywhere, or too little disk space, with the numbers.
         ProportionError: proportions or bounds that cannot be.
+        LockedError: another process makes this output.
         OSError: the disk filled up, or failed, on the way.
+        RuntimeError: workers that make the passes died again and again.
 
     Example:
         >>> result = refine_store("slide.zarr/confidence", "refined.zarr", [0.6, 0.3, 0.1])  # doctest: +SKIP
@@ -210,9 +218,10 @@ def refine_store(
 
     needed = scratch_bytes((height, width), count, mass=mass is not None, weight=weight is not None)
     of_result = height * width * (1 + classes * np.dtype(u_dtype).itemsize + 2 * np.dtype(energy_dtype).itemsize)
-    with _folders(output, scratch, needed, of_result) as (result, files):
-        allocate = _Scratch(files, window)
-        level = Level(*_read(q, maps["mass"], maps["weight"], active, settings, allocate))
+    passes = SerialPasses() if passes is None else passes
+    with working_folders(output, scratch, needed, of_result) as (result, files):
+        allocate = ScratchArrays(files, window)
+        level = Level(*_read(q, maps["mass"], maps["weight"], active, settings, allocate, passes))
         solution, smooth = solve_levels(
             level,
             marginal=marginal if marginal is None or count == classes else marginal.restricted(),
@@ -224,6 +233,7 @@ def refine_store(
             on_step=on_step,
             allocate=allocate,
             window=window,
+            passes=passes,
         )
         found = torch.zeros(classes, dtype=torch.float64)
         found[active] = solution.proportions
@@ -241,7 +251,7 @@ def refine_store(
             "no_tissue": NO_TISSUE,
         }
         group = zarr.create_group(str(result), attributes=_json(attributes))
-        _write(group, solution, level, smooth, active, settings.epsilon, u_dtype, energy_dtype)
+        _write(group, solution, level, smooth, active, settings.epsilon, u_dtype, energy_dtype, passes)
     return StoreResult(
         Path(output), psi, found, solution.energies, solution.residual, solution.converged, solution.reason, needed
     )
@@ -261,19 +271,6 @@ def scratch_bytes(shape: tuple[int, int], classes: int, *, mass: bool = True, we
     height, width = shape
     coarse = (height // 2 + 1) * (width // 2 + 1) * (classes + 1)
     return int(4.2 * (height * width * (5 * classes + 3 + int(mass) + int(weight)) + coarse))
-
-
-class _Scratch:
-    """Makes arrays in files of a folder; a file goes with its array."""
-
-    def __init__(self, folder: Path, block: tuple[int, int]) -> None:
-        self.folder, self.block, self.made = folder, block, 0
-
-    def __call__(self, shape: Sequence[int]) -> DiskArray:
-        self.made += 1
-        array = DiskArray(self.folder / f"{self.made}.f32", shape, self.block)
-        weakref.finalize(array, array.path.unlink, missing_ok=True)
-        return array
 
 
 def _settings(options: dict) -> RefinementOptions:
@@ -328,49 +325,6 @@ def _opened(
     return opened
 
 
-@contextmanager
-def _folders(
-    output: str | os.PathLike[str], scratch: str | os.PathLike[str] | None, needed: int, of_result: int
-) -> Iterator[tuple[Path, Path]]:
-    """Yield paths for the result and for scratch files; afterwards name the result, or remove it on an error."""
-    if "://" in str(output):
-        raise InputError(f"refine_store: output is written to a local folder and copied from there, got {str(output)!r}.")
-    output = Path(output)
-    if output.exists():
-        raise InputError(f"refine_store: {output} exists; remove it or choose another output.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    place = output.parent if scratch is None else Path(scratch)
-    place.mkdir(parents=True, exist_ok=True)
-    _check_space(output.parent, place, needed, of_result)
-    made: list[Path] = []
-    try:
-        # One after the other, so that what was made is known and removed if the second fails.
-        made.append(Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent)))
-        made.append(Path(tempfile.mkdtemp(prefix=f".{output.name}-scratch-", dir=place)))
-        yield made[0] / output.name, made[1]
-        os.rename(made[0] / output.name, output)
-    finally:
-        for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_space(result: Path, scratch: Path, needed: int, of_result: int) -> None:
-    logger.info("refine_store: scratch files of up to %s in %s, result of up to %s", _size(needed), scratch, _size(of_result))
-    shared = os.stat(result).st_dev == os.stat(scratch).st_dev
-    for place, wanted in ((scratch, needed + of_result if shared else needed), (result, 0 if shared else of_result)):
-        free = shutil.disk_usage(place).free
-        if wanted > free:
-            raise InputError(
-                f"refine_store: up to {_size(wanted)} are needed on the disk of {place} ({_size(needed)} for scratch files, "
-                f"{_size(of_result)} for the result), {_size(free)} are free; free some, or name a folder on another disk as "
-                "scratch."
-            )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def _tile(window: Window) -> str:
     rows, columns = window.core
     return f"the tile of rows {rows.start} to {rows.stop - 1}, columns {columns.start} to {columns.stop - 1}"
@@ -393,14 +347,11 @@ def _load(source: StoreArray, part: Window, name: str) -> torch.Tensor:
     return values
 
 
-def _copied(source: StoreArray, name: str, allocate: _Scratch) -> tuple[DiskArray, float]:
-    """A map in a scratch file, and its sum."""
-    copy, total = allocate(source.shape), 0.0
-    for part in source.tiles():
-        values = _load(source, part, name)
-        total += float(values.sum(dtype=torch.float64))
-        copy[part.core] = values
-    return copy, total
+def _copy(part: Window, source: StoreArray, name: str, target: MapArray) -> float:
+    """Write a tile of a map to a scratch file; returns its sum."""
+    values = _load(source, part, name)
+    target[part.core] = values
+    return float(values.sum(dtype=torch.float64))
 
 
 def _read(
@@ -409,36 +360,45 @@ def _read(
     weight: StoreArray | None,
     active: torch.Tensor,
     settings: RefinementOptions,
-    allocate: _Scratch,
+    allocate: ScratchArrays,
+    passes: Passes,
 ) -> tuple[MapArray, MapArray, MapArray | None]:
     """Costs of the active classes, shares of the mass, and weights, from one pass over each store that checks it, too."""
     height, width = q.shape[-2:]
     if mass is None:
         share: MapArray = _Uniform(1.0 / (height * width), (height, width))
     else:
-        share, total = _copied(mass, "mass", allocate)
+        given, share = allocate(mass.shape), allocate(mass.shape)
+        total = sum(passes.map(_copy, mass.tiles(), mass, "mass", given))
         if total == 0.0:
             raise InputError("refine_store: mass is 0 everywhere: there is no tissue to refine.")
-        for part in split_windows((height, width), share.block):
-            share[part.core] = share[part.core] / total
-    weights = None if weight is None or settings.alpha == 0 else _copied(weight, "weight", allocate)[0]
+        passes.map(write_from, split_windows((height, width), share.block), given, share, operator.truediv, total)
+    weights = None
+    if weight is not None and settings.alpha > 0:
+        weights = allocate(weight.shape)
+        passes.map(_copy, weight.tiles(), weight, "weight", weights)
     cost = allocate((int(active.sum()), height, width))
-    # Rounding to 8 bits moves each class by up to half a step.
-    allowed = SUM_ERROR + (len(active) * 0.5 / 255 if q.array.dtype == np.uint8 else 0.0)
-    for part in q.tiles():
-        values = _load(q, part, "confidence").clamp_min_(0)
-        total = values.sum(dim=0)
-        # Background is often stored as zeros.
-        empty = (total == 0) & (share[part.core] == 0)
-        worst = float(torch.where(empty, 0.0, (total - 1).abs()).max())
-        if worst > allowed:
-            raise InputError(
-                f"refine_store: confidence must sum to 1 over the classes, it is off by up to {worst:.3g} in {_tile(part)}; "
-                "store a softmax over the classes (for uint8, 255 times it)."
-            )
-        values = torch.where(empty, 1.0 / len(active), values / torch.where(empty, 1.0, total))
-        cost[(slice(None), *part.core)] = settings.fidelity_weight * assignment_cost(values[active], settings.delta)
+    passes.map(_write_cost, q.tiles(), q, share, active, settings, cost)
     return cost, share, weights
+
+
+def _write_cost(
+    part: Window, q: StoreArray, share: MapArray, active: torch.Tensor, settings: RefinementOptions, cost: MapArray
+) -> None:
+    """Write the costs of the active classes on a tile of the confidences, which are checked."""
+    values = _load(q, part, "confidence").clamp_min_(0)
+    total = values.sum(dim=0)
+    # Background is often stored as zeros.
+    empty = (total == 0) & (share[part.core] == 0)
+    worst = float(torch.where(empty, 0.0, (total - 1).abs()).max())
+    # Rounding to 8 bits moves each class by up to half a step.
+    if worst > SUM_ERROR + (len(active) * 0.5 / 255 if q.array.dtype == np.uint8 else 0.0):
+        raise InputError(
+            f"refine_store: confidence must sum to 1 over the classes, it is off by up to {worst:.3g} in {_tile(part)}; "
+            "store a softmax over the classes (for uint8, 255 times it)."
+        )
+    values = torch.where(empty, 1.0 / len(active), values / torch.where(empty, 1.0, total))
+    cost[(slice(None), *part.core)] = settings.fidelity_weight * assignment_cost(values[active], settings.delta)
 
 
 def _write(
@@ -450,6 +410,7 @@ def _write(
     epsilon: float,
     u_dtype: str,
     energy_dtype: str,
+    passes: Passes,
 ) -> None:
     """Evaluate the solution chunk by chunk into the arrays of a Zarr group."""
     classes, (height, width) = len(active), level.shape
@@ -467,22 +428,49 @@ def _write(
         )
         return StoreArray(made, fractions=name == "u")
 
-    labels, u = array("labels", "uint8", NO_TISSUE), array("u", u_dtype, leading=(classes,))
-    energies = [array(name, energy_dtype) for name in ("fidelity_energy", "regularization_energy")]
-    for part in split_windows((height, width), chunk, 0 if smooth is None else smooth.halo):
-        log_u = solution.log_u(*part.outer)
-        found = log_u.exp()
-        regularization = torch.zeros(()) if smooth is None else smooth.energy_map(found, part)
-        inner = (slice(None), *part.inner)
-        log_u, found = (x[inner].reshape(len(x), -1) for x in (log_u, found))
-        share = level.mass[part.core]
-        fidelity = AssignmentFidelity(level.cost[(slice(None), *part.core)].flatten(1), share.reshape(-1), epsilon)
-        energies[0][part.core] = fidelity.energy_map(found, log_u).view_as(share) * (share > 0)
-        energies[1][part.core] = regularization.expand_as(share)
-        full = torch.zeros(classes, *share.shape)
-        full[active] = found.view(-1, *share.shape)
-        u[(slice(None), *part.core)] = full
-        labels[part.core] = torch.where(share > 0, full.argmax(dim=0), NO_TISSUE)
+    outputs = _Outputs(
+        array("labels", "uint8", NO_TISSUE),
+        array("u", u_dtype, leading=(classes,)),
+        array("fidelity_energy", energy_dtype),
+        array("regularization_energy", energy_dtype),
+    )
+    parts = split_windows((height, width), chunk, 0 if smooth is None else smooth.halo)
+    passes.map(_write_chunk, parts, outputs, solution, level, smooth, active, epsilon)
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """The arrays of the result, all with the same chunks in rows and columns."""
+
+    labels: StoreArray
+    u: StoreArray
+    fidelity: StoreArray
+    regularization: StoreArray
+
+
+def _write_chunk(
+    part: Window,
+    outputs: _Outputs,
+    solution: Solution,
+    level: Level,
+    smooth: Potential | None,
+    active: torch.Tensor,
+    epsilon: float,
+) -> None:
+    """Evaluate the solution on a window that is a chunk of the outputs."""
+    log_u = solution.log_u(*part.outer)
+    found = log_u.exp()
+    regularization = torch.zeros(()) if smooth is None else smooth.energy_map(found, part)
+    inner = (slice(None), *part.inner)
+    log_u, found = (x[inner].reshape(len(x), -1) for x in (log_u, found))
+    share = level.mass[part.core]
+    fidelity = AssignmentFidelity(level.cost[(slice(None), *part.core)].flatten(1), share.reshape(-1), epsilon)
+    outputs.fidelity[part.core] = fidelity.energy_map(found, log_u).view_as(share) * (share > 0)
+    outputs.regularization[part.core] = regularization.expand_as(share)
+    full = torch.zeros(len(active), *share.shape)
+    full[active] = found.view(-1, *share.shape)
+    outputs.u[(slice(None), *part.core)] = full
+    outputs.labels[part.core] = torch.where(share > 0, full.argmax(dim=0), NO_TISSUE)
 
 
 def _json(value: Any) -> Any:

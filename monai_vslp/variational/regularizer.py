@@ -11,7 +11,9 @@ from monai_vslp.utils.errors import InputError
 from monai_vslp.variational.potential import REGULARIZERS
 from monai_vslp.variational.windows import MapArray, Window, whole_window
 
-__all__ = ["HuberTotalVariation", "image_edge_weight"]
+__all__ = ["EDGE_HALO", "HuberTotalVariation", "image_edge_weight", "squared_gradient", "weight_of_edges"]
+
+EDGE_HALO = 3  # px: a binomial filter of 5 x 5 px, then forward differences
 
 
 def image_edge_weight(image: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
@@ -29,16 +31,31 @@ def image_edge_weight(image: torch.Tensor, strength: float = 1.0) -> torch.Tenso
     Returns:
         Weights in (0, 1], shape ``[H, W]``, float32.
     """
+    squared = squared_gradient(image)
+    return weight_of_edges(squared, float(squared.mean()), strength)
+
+
+def squared_gradient(image: torch.Tensor) -> torch.Tensor:
+    r""":math:`|\nabla I|^2` of :func:`image_edge_weight`; a pixel sees ``EDGE_HALO`` px around it.
+
+    Args:
+        image: shape ``[channels, H, W]``, any real or integer dtype.
+
+    Returns:
+        Shape ``[H, W]``, float32.
+    """
     grey = image.to(torch.float32).mean(dim=0)[None, None]
     row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=image.device) / 16.0
     grey = F.conv2d(F.pad(grey, (2, 2, 2, 2), mode="replicate"), torch.outer(row, row)[None, None])[0, 0]
     squared = torch.zeros_like(grey)
     squared[:, :-1] += (grey[:, 1:] - grey[:, :-1]).square()
     squared[:-1, :] += (grey[1:, :] - grey[:-1, :]).square()
-    scale = squared.mean()
-    if float(scale) == 0.0:
-        return torch.ones_like(grey)
-    return 1.0 / (1.0 + strength * squared / scale)
+    return squared
+
+
+def weight_of_edges(squared: torch.Tensor, scale: float, strength: float) -> torch.Tensor:
+    r"""The weight of :func:`image_edge_weight` for :math:`|\nabla I|^2` and its mean :math:`\kappa^2`, ``scale``."""
+    return torch.ones_like(squared) if scale == 0.0 else 1.0 / (1.0 + strength * squared / scale)
 
 
 @REGULARIZERS.add_def("total_variation", "Huber total variation, weighted by the edges of an image where one is given")

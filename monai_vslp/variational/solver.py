@@ -1,16 +1,20 @@
 """Entropic proximal gradient: minimises fidelity + marginal term + smooth potentials over simplex-valued maps.
 
-Every quantity is added up over windows of the map, so that the same code runs in memory and from disk.
+Every quantity is added up over windows of the map, so that the same code runs in memory, from disk, and over workers.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 
+from monai_vslp.utils.errors import InputError
 from monai_vslp.variational.marginal import Marginal
+from monai_vslp.variational.passes import Passes, SerialPasses, write_from
 from monai_vslp.variational.potential import Potential
 from monai_vslp.variational.transport import PixelSums, maximize_dual, pixel_sums
 from monai_vslp.variational.windows import MapArray, Window
@@ -143,6 +147,7 @@ def minimize(
     start: MapArray | None = None,
     psi: torch.Tensor | None = None,
     on_step: Callable[[Step], bool | None] | None = None,
+    passes: Passes | None = None,
 ) -> Solution:
     r"""Minimise :math:`E(u) = D(u) + \Phi(\bar u) + P(u)` over :math:`u_i \in \Delta_C`.
 
@@ -170,25 +175,30 @@ def minimize(
             without P.
         psi: start of the potentials.
         on_step: called after the start and each accepted step; returning False ends the iteration there.
+        passes: who makes the passes; this process by default. Others need maps that are files.
 
     Returns:
         The solution; ``energies[0]`` belongs to the start.
+
+    Raises:
+        InputError: maps in memory, which other processes cannot write.
 
     Source:
         Bregman proximal gradient: H. Bauschke, J. Bolte and M. Teboulle, "A descent lemma beyond Lipschitz gradient
         continuity", Math. Oper. Res. 2017. Restarts: B. O'Donoghue and E. Candès, "Adaptive restart for accelerated
         gradient schemes", Found. Comput. Math. 2015. The scaling by pixel is ours.
     """
-    runner = _Runner(problem, stopping.marginal_tolerance)
+    passes = SerialPasses() if passes is None else passes
+    if isinstance(problem.cost, torch.Tensor) and not isinstance(passes, SerialPasses):
+        raise InputError("minimize: a map in memory cannot be shared by other processes; leave passes out.")
+    runner = _Runner(problem, stopping.marginal_tolerance, passes)
     shape = tuple(problem.cost.shape)
     # Sums over one and the same state may differ by this much, relatively.
     rounding = 4.0 * torch.finfo(runner.dtype).eps
     sigma, age, patience = step, 0, 0
     if start is None or problem.smooth is None:
         scores = allocate(shape)
-        for window in problem.windows:
-            key = (slice(None), *window.core)
-            scores[key] = problem.cost[key] * (-1.0 / problem.epsilon)
+        passes.map(write_from, problem.windows, problem.cost, scores, operator.mul, -1.0 / problem.epsilon)
         current = runner.transport(scores, 1.0 / problem.epsilon, psi, problem.epsilon)
     else:
         # Projecting the start onto the proportions makes every later energy comparable with the first.
@@ -244,8 +254,9 @@ def minimize(
 class _Runner:
     """The passes over the windows of a problem."""
 
-    def __init__(self, problem: Problem, tolerance: float) -> None:
-        self.problem, self.tolerance = problem, tolerance
+    def __init__(self, problem: Problem, tolerance: float, passes: Passes) -> None:
+        self.problem, self.tolerance, self.passes = problem, tolerance, passes
+        self.terms = replace(problem, windows=())  # what a pass over some windows needs
         self.dtype = problem.cost[:, :1, :1].dtype
 
     def transport(self, scores: MapArray, rate: MapArray | float, psi: torch.Tensor | None, smoothing: float) -> _Iterate:
@@ -253,14 +264,8 @@ class _Runner:
         problem = self.problem
 
         def sums(point: torch.Tensor, factor: float) -> PixelSums:
-            total = None
-            for window in problem.windows:
-                s = scores[(slice(None), *window.core)]
-                r = rate if isinstance(rate, float) else rate[window.core].reshape(-1)
-                a = problem.mass[window.core].reshape(-1)
-                part = pixel_sums(s.reshape(len(s), -1), a, point, r, factor=factor)
-                total = part if total is None else total + part
-            return total
+            found = self.passes.map(_window_sums, problem.windows, scores, rate, problem.mass, point, factor)
+            return reduce(operator.add, found)
 
         if problem.marginal is None:
             zeros = torch.zeros(problem.cost.shape[0], dtype=torch.float64)
@@ -275,46 +280,68 @@ class _Runner:
         self, current: _Iterate, previous: _Iterate | None, age: int, sigma: float, scores: MapArray, rate: MapArray
     ) -> float:
         """Write S and r for a step from the current iterate, moved on by momentum; returns the mean smoothing h."""
-        problem = self.problem
         # Momentum grows as for convex energies, up to what suits strongly convex ones.
         beta = min((age + 2.0) / (age + 5.0), LARGEST_MOMENTUM) if age > 0 and previous is not None else 0.0
-        typical = 0.0
-        for window in problem.windows:
-            inner = (slice(None), *window.inner)
-            log_y = current.exponents(*window.outer)
-            if beta > 0:
-                # Momentum among logarithms keeps the extrapolated point inside the simplex.
-                log_y = torch.lerp(previous.exponents(*window.outer), log_y, 1.0 + beta)
-            log_y.sub_(log_y.amax(dim=0)).clamp_min_(LOG_FLOOR)
-            y = log_y.exp()
-            y.div_(y.sum(dim=0))
-            gradient, curvature = problem.smooth.majorizer(y, window)
-            curvature = curvature / sigma
-            r = 1.0 / (problem.epsilon + curvature)
-            s = log_y[inner].mul_(curvature).sub_(problem.cost[(slice(None), *window.core)]).sub_(gradient).mul_(r)
-            scores[(slice(None), *window.core)] = s
-            rate[window.core] = r
-            typical += float((problem.mass[window.core] * (problem.epsilon + curvature)).sum(dtype=torch.float64))
-        return typical
+        behind = previous if beta > 0 else None
+        return sum(self.passes.map(_linearise, self.problem.windows, self.terms, current, behind, beta, sigma, scores, rate))
 
     def energy(self, iterate: _Iterate) -> float:
         """E(u)."""
-        problem = self.problem
-        total = 0.0
-        for window in problem.windows:
-            log_u = iterate.exponents(*(window.core if problem.smooth is None else window.outer))
-            log_u.sub_(log_u.amax(dim=0))
-            u = log_u.exp()
-            norm = u.sum(dim=0)
-            u.div_(norm)
-            if problem.smooth is not None:
-                total += problem.smooth.value(u, window)
-                inner = (slice(None), *window.inner)
-                u, log_u, norm = u[inner], log_u[inner], norm[window.inner]
-            cost = problem.cost[(slice(None), *window.core)]
-            local = torch.add(cost, log_u, alpha=problem.epsilon).mul_(u).sum(dim=0)
-            local.sub_(norm.log(), alpha=problem.epsilon)
-            total += float((local * problem.mass[window.core]).sum(dtype=torch.float64))
-        if problem.marginal is not None:
-            total += problem.marginal.energy(iterate.sums.marginal)
-        return total
+        total = sum(self.passes.map(_energy, self.problem.windows, self.terms, iterate))
+        marginal = self.problem.marginal
+        return total if marginal is None else total + marginal.energy(iterate.sums.marginal)
+
+
+def _window_sums(
+    window: Window, scores: MapArray, rate: MapArray | float, mass: MapArray, psi: torch.Tensor, factor: float
+) -> PixelSums:
+    """What a window adds to the semi-dual."""
+    s = scores[(slice(None), *window.core)]
+    r = rate if isinstance(rate, float) else rate[window.core].reshape(-1)
+    return pixel_sums(s.reshape(len(s), -1), mass[window.core].reshape(-1), psi, r, factor=factor)
+
+
+def _linearise(
+    window: Window,
+    terms: Problem,
+    current: _Iterate,
+    previous: _Iterate | None,
+    beta: float,
+    sigma: float,
+    scores: MapArray,
+    rate: MapArray,
+) -> float:
+    """Write S and r on a window; returns what it adds to the mean smoothing."""
+    inner = (slice(None), *window.inner)
+    log_y = current.exponents(*window.outer)
+    if previous is not None:
+        # Momentum among logarithms keeps the extrapolated point inside the simplex.
+        log_y = torch.lerp(previous.exponents(*window.outer), log_y, 1.0 + beta)
+    log_y.sub_(log_y.amax(dim=0)).clamp_min_(LOG_FLOOR)
+    y = log_y.exp()
+    y.div_(y.sum(dim=0))
+    gradient, curvature = terms.smooth.majorizer(y, window)
+    curvature = curvature / sigma
+    r = 1.0 / (terms.epsilon + curvature)
+    s = log_y[inner].mul_(curvature).sub_(terms.cost[(slice(None), *window.core)]).sub_(gradient).mul_(r)
+    scores[(slice(None), *window.core)] = s
+    rate[window.core] = r
+    return float((terms.mass[window.core] * (terms.epsilon + curvature)).sum(dtype=torch.float64))
+
+
+def _energy(window: Window, terms: Problem, iterate: _Iterate) -> float:
+    """What a window adds to the energy, without the marginal term."""
+    log_u = iterate.exponents(*(window.core if terms.smooth is None else window.outer))
+    log_u.sub_(log_u.amax(dim=0))
+    u = log_u.exp()
+    norm = u.sum(dim=0)
+    u.div_(norm)
+    regularization = 0.0
+    if terms.smooth is not None:
+        regularization = terms.smooth.value(u, window)
+        inner = (slice(None), *window.inner)
+        u, log_u, norm = u[inner], log_u[inner], norm[window.inner]
+    cost = terms.cost[(slice(None), *window.core)]
+    local = torch.add(cost, log_u, alpha=terms.epsilon).mul_(u).sum(dim=0)
+    local.sub_(norm.log(), alpha=terms.epsilon)
+    return regularization + float((local * terms.mass[window.core]).sum(dtype=torch.float64))

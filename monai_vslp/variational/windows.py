@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -91,6 +91,10 @@ class DiskArray:
     The file holds the map block by block, each with all its leading axes, so that a window of a block's size is one read
     or write however wide the map is. A process holds no more of the file than the slices it asked for.
 
+    The array is pickled as its path. A write touches the bytes of its rectangle and no others, and every access opens the
+    file, so that processes can write rectangles that do not overlap at the same time, and read what others wrote before. On
+    network file systems that cache by pages (NFS) this holds for whole blocks only.
+
     Args:
         path: the file; made with zeros (sparse) if it does not exist.
         shape: ``[..., H, W]``.
@@ -102,7 +106,7 @@ class DiskArray:
     """
 
     def __init__(self, path: str | Path, shape: Sequence[int], block: tuple[int, int] = (256, 256)) -> None:
-        self.path, self.shape = Path(path), tuple(int(n) for n in shape)
+        self.path, self.shape = Path(path).absolute(), tuple(int(n) for n in shape)
         self.block = tuple(max(1, min(want, have)) for want, have in zip(block, self.shape[-2:]))
         self._leading = int(np.prod(self.shape[:-2]))
         self._across = -(-self.shape[-1] // self.block[1])
@@ -113,29 +117,30 @@ class DiskArray:
                 file.truncate(size)
         elif self.path.stat().st_size != size:
             raise InputError(f"{self.path} holds {self.path.stat().st_size} bytes, {size} are needed for {self.shape}.")
-        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed when the array is let go
 
     def __getitem__(self, key: tuple) -> torch.Tensor:
         rows, columns = self._rectangle(key)
         out = np.empty((self._leading, rows.stop - rows.start, columns.stop - columns.start), np.float32)
-        for run in self._runs(rows, columns):
-            target = out[(slice(None), *run.place)]
-            if run.whole_rows and target.flags.c_contiguous:
-                self._transfer(run, target, self._file.readinto)
-            else:
-                target[...] = self._read(run)[:, :, run.columns]
+        with open(self.path, "rb", buffering=0) as file:
+            for run in self._runs(rows, columns):
+                target = out[(slice(None), *run.place)]
+                if run.whole_rows and target.flags.c_contiguous:
+                    self._transfer(file, file.readinto, run.pieces(target))
+                else:  # columns beside those asked for come along: one read is faster than one per row
+                    wide = replace(run, columns=slice(0, run.shape[1]))
+                    data = np.empty((self._leading, target.shape[1], run.shape[1]), np.float32)
+                    self._transfer(file, file.readinto, wide.pieces(data))
+                    target[...] = data[:, :, run.columns]
         return torch.from_numpy(out.reshape(*self.shape[:-2], *out.shape[1:]))
 
     def __setitem__(self, key: tuple, value: torch.Tensor) -> None:
         rows, columns = self._rectangle(key)
         source = value.detach().to("cpu", torch.float32).numpy()
         source = source.reshape(self._leading, rows.stop - rows.start, columns.stop - columns.start)
-        for run in self._runs(rows, columns):
-            data = np.ascontiguousarray(source[(slice(None), *run.place)])
-            if not run.whole_rows:
-                part, data = data, self._read(run)
-                data[:, :, run.columns] = part
-            self._transfer(run, data, self._file.write)
+        with open(self.path, "r+b", buffering=0) as file:
+            for run in self._runs(rows, columns):
+                data = np.ascontiguousarray(source[(slice(None), *run.place)])
+                self._transfer(file, file.write, run.pieces(data))
 
     def _rectangle(self, key: tuple) -> tuple[slice, slice]:
         if len(key) != len(self.shape) or any(part != slice(None) for part in key[:-2]):
@@ -165,20 +170,10 @@ class DiskArray:
                     place=(slice(first - rows.start, last - rows.start), slice(begin - columns.start, end - columns.start)),
                 )
 
-    def _read(self, run: _Run) -> np.ndarray:
-        data = np.empty((self._leading, run.rows.stop - run.rows.start, run.shape[1]), np.float32)
-        self._transfer(run, data, self._file.readinto)
-        return data
-
-    def _transfer(self, run: _Run, data: np.ndarray, move: Callable[[memoryview], int]) -> None:
-        """Read or write the rows of a run, all columns of its block; ``data`` is contiguous."""
-        height, width = run.shape
-        if run.rows == slice(0, height):
-            pieces = [(run.offset, data)]
-        else:
-            pieces = [(run.offset + 4 * width * (k * height + run.rows.start), data[k]) for k in range(self._leading)]
+    def _transfer(self, file: BinaryIO, move: Callable[[memoryview], int], pieces: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Read or write pieces, each contiguous in memory and in the file, at their offsets."""
         for offset, piece in pieces:
-            self._file.seek(offset)
+            file.seek(offset)
             rest = memoryview(piece).cast("B")
             while rest:
                 done = move(rest)
@@ -200,3 +195,16 @@ class _Run:
     @property
     def whole_rows(self) -> bool:
         return self.columns == slice(0, self.shape[1])
+
+    def pieces(self, data: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Offsets in the file, and the parts of ``data``, ``[leading, rows, columns]`` and contiguous, that lie there."""
+        height, width = self.shape
+        if self.whole_rows and self.rows == slice(0, height):
+            yield self.offset, data
+            return
+        for index, part in enumerate(data):
+            first = self.offset + 4 * width * (index * height + self.rows.start)
+            if self.whole_rows:
+                yield first, part
+            else:
+                yield from ((first + 4 * (width * number + self.columns.start), row) for number, row in enumerate(part))

@@ -3,6 +3,7 @@
 from monai_vslp.workflows.benchmark import run_benchmark
 from monai_vslp.workflows.bound import fit_to_masks
 from monai_vslp.workflows.calibration import calibrate, read_calibration
+from monai_vslp.workflows.cohort import CohortResult, cohort
 from monai_vslp.workflows.cross_validation import cross_validate, predict_proportions, score_predictions
 from monai_vslp.workflows.demo import demo
 from monai_vslp.workflows.evaluate import evaluate, format_table
@@ -16,10 +17,12 @@ from monai_vslp.workflows.slide import SlidePipeline
 from monai_vslp.workflows.train import train
 
 __all__ = [
+    "CohortResult",
     "ConfidencePicture",
     "SlidePipeline",
     "calibrate",
     "choose",
+    "cohort",
     "cross_validate",
     "datalist",
     "demo",

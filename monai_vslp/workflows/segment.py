@@ -22,6 +22,7 @@ from monai_vslp.io.summary import SUMMARY_NAME, read_summary
 from monai_vslp.transforms.refinement import VariationalRefinementd
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError, ProportionError, SlideError
+from monai_vslp.utils.lock import FolderLock, LockedError
 from monai_vslp.variational.explain import flip_band
 from monai_vslp.variational.learned import WEIGHTS
 from monai_vslp.workflows.bundle import read_config, run_config
@@ -307,20 +308,21 @@ def segment(
     for path in opened:
         item = items[path]
         try:
-            run_config(
-                run,
-                "slide_inference.json",
-                slide=str(path),
-                output_dir=str(output / path.stem),
-                proportions=None if "proportions" not in item else item["proportions"].tolist(),
-                given_spread=None if "proportions" not in item else item["proportion_spread"].tolist(),
-                given_bounds=None if "proportions" not in item else item["proportion_bounds"].tolist(),
-                source_mpp=mpp,
-                fingerprint=item["fingerprint"],
-                progress=progress,
-                **settings,
-            )
-        except SlideError as error:
+            with FolderLock(output / path.stem):
+                run_config(
+                    run,
+                    "slide_inference.json",
+                    slide=str(path),
+                    output_dir=str(output / path.stem),
+                    proportions=None if "proportions" not in item else item["proportions"].tolist(),
+                    given_spread=None if "proportions" not in item else item["proportion_spread"].tolist(),
+                    given_bounds=None if "proportions" not in item else item["proportion_bounds"].tolist(),
+                    source_mpp=mpp,
+                    fingerprint=item["fingerprint"],
+                    progress=progress,
+                    **settings,
+                )
+        except (SlideError, LockedError) as error:
             logger.info("%s", error)
             failures[path.stem] = str(error)
     if any(output.glob("*/summary.json")):

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monai_vslp.data import slides
+from monai_vslp.data.readers import cucim as cucim_reader
 from monai_vslp.data.slides import area_resample, is_slide, open_slide
 from monai_vslp.utils.errors import InputError, SlideError
 
@@ -269,18 +270,11 @@ def test_missing_files_and_unknown_readers(tmp_path, pyramid):
         open_slide(pyramid[0], "opnslide")
 
 
-def test_dicom_is_refused_with_a_way_out(tmp_path):
-    for name in ("x.dcm", "without_suffix"):
-        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(64))
-        with pytest.raises(SlideError, match="DICOM, which is not supported yet.*bfconvert"):
-            open_slide(tmp_path / name)
-
-
 def test_fallback_to_openslide_is_logged(pyramid, caplog, monkeypatch):
     def refuse(path):
         raise RuntimeError("no such compression")
 
-    monkeypatch.setitem(slides._OPENERS, "cucim", refuse)
+    monkeypatch.setattr(cucim_reader, "_problem", refuse)
     with caplog.at_level(logging.WARNING), open_slide(pyramid[0]) as slide:
         assert slide.reader == "openslide"
     assert "no such compression" in caplog.text
@@ -290,7 +284,7 @@ def test_fallback_to_openslide_is_logged(pyramid, caplog, monkeypatch):
 def cuda_build_without_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(slides, "_verdict", [])
+    monkeypatch.setattr(cucim_reader, "_verdict", [])
 
 
 @pytest.mark.parametrize(
@@ -299,12 +293,12 @@ def cuda_build_without_gpu(monkeypatch):
         ("import time; time.sleep(60)", "openslide"),  # hangs
         ("import os; os.abort()", "openslide"),  # crashes
         ("import no_such_module", "openslide"),
-        (slides._PROBE, "cucim"),
+        (cucim_reader._PROBE, "cucim"),
     ],
 )
 def test_cucim_is_probed_beside_a_cuda_build(pyramid, cuda_build_without_gpu, monkeypatch, caplog, program, reader):
-    monkeypatch.setattr(slides, "_PROBE", program)
-    monkeypatch.setattr(slides, "PROBE_SECONDS", 1 if "sleep" in program else 60)
+    monkeypatch.setattr(cucim_reader, "_PROBE", program)
+    monkeypatch.setattr(cucim_reader, "PROBE_SECONDS", 1 if "sleep" in program else 60)
     calls = []
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: calls.append(args) or run(*args, **options))
@@ -369,8 +363,6 @@ def test_real_slides(reader):
             fine = slide.read_at(1700 + shift[0], 2000 + shift[1], 128, 128, downsample=1)
             error[shift] = np.abs(coarse - fine.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))).mean()
         assert min(error, key=error.get) == (0, 0)  # the stored level shows the same place within one of its px
-    with pytest.raises(SlideError, match="DICOM"):
-        open_slide(REAL / "small_dicom.dcm", reader)
 
 
 @needs_real

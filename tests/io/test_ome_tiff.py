@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
 import numpy as np
 import pytest
 import tifffile
+import zarr
 
-from monai_vslp.io import ome_tiff
+from monai_vslp.io.lazy_maps import TileFile
+from monai_vslp.io.map_blocks import halve_block
 from monai_vslp.io.ome_tiff import read_label_tiff, read_map_tiff, to_uint8, write_ome_tiff
 from monai_vslp.utils.errors import ImageReadError
 
@@ -47,14 +51,79 @@ def test_label_pyramid_comes_back(tmp_path):
     assert {key: json.loads(value) for key, value in values.items()} == {k: v for k, v in DESCRIPTION.items() if k != "note"}
 
 
-def test_majority_of_every_block():
-    rng = np.random.default_rng(1)
-    labels = rng.integers(0, 4, (1, 40, 40), dtype=np.uint8)
-    half = ome_tiff._halve(labels, labels=True)
-    for row in range(20):
-        for col in range(20):
-            counts = Counter(labels[0, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2].ravel().tolist())
-            assert counts[int(half[0, row, col])] == max(counts.values())
+@pytest.mark.parametrize("shape", [(1301, 1003), (512, 513), (37, 2050)])
+@pytest.mark.parametrize("chunks", [(1, 512, 512), (3, 700, 300), (2, 64, 2048)])
+def test_stores_give_the_bytes_of_arrays(tmp_path, shape, chunks):
+    values = np.random.default_rng(2).integers(0, 256, (3, *shape), dtype=np.uint8)
+    chunks = tuple(min(part, side) for part, side in zip(chunks, values.shape))
+    store = zarr.create_array(str(tmp_path / "v.zarr"), shape=values.shape, chunks=chunks, dtype="uint8")
+    store[:] = values
+    paths = [
+        write_ome_tiff(tmp_path / f"{name}.tif", data, channels=["a", "b", "c"], mpp=0.5, tile=256)
+        for name, data in (("array", values), ("store", store))
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    levels = [values]
+    with tifffile.TiffFile(paths[1]) as file:
+        for level in file.series[0].levels:
+            np.testing.assert_array_equal(level.asarray(), levels[-1])
+            levels.append(halve_block(levels[-1], labels=False))
+    assert len(levels) > 2
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".tif", ".zarr")]
+
+
+def test_any_changed_value_changes_the_identity(tmp_path):
+    labels = np.zeros((700, 600), np.uint8)
+    identities = set()
+    for row, col in ((0, 0), (511, 511), (512, 0), (699, 599)):
+        for pyramid in (True, False):
+            changed = labels.copy()
+            changed[row, col] = 1
+            path = write_ome_tiff(tmp_path / "l.tif", changed, channels=["label"], labels=True, pyramid=pyramid)
+            identities.add(ome(path).get("UUID"))
+    assert len(identities) == 4  # one for each content, whatever the file's form
+
+
+MEASURED = """
+import resource, sys, zarr
+from pathlib import Path
+import monai_vslp.io
+from monai_vslp.io.ome_tiff import write_ome_tiff
+folder, side = Path(sys.argv[1]), int(sys.argv[2])
+store = zarr.create_array(str(folder / "l.zarr"), shape=(side, side), chunks=(1000, 1000), dtype="uint8", fill_value=1)
+store[: side // 2, :1000] = 2
+small = zarr.create_array(str(folder / "s.zarr"), shape=(600, 600), chunks=(100, 100), dtype="uint8", fill_value=1)
+write_ome_tiff(folder / "s.tif", small, channels=["label"], labels=True)  # loads what is loaded at first use
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_ome_tiff(folder / "l.tif", store, channels=["label"], labels=True)
+print("MiB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_map(tmp_path):
+    side = 20_000  # 400 MB of labels
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path), str(side)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.split("MiB")[1]) < 150
+    with tifffile.TiffFile(tmp_path / "l.tif") as file:
+        levels = file.series[0].levels
+        assert [level.shape[-1] for level in levels] == [20_000, 10_000, 5000, 2500, 1250, 625, 313]
+        coarse = levels[4].asarray()
+    assert (coarse[:624, :62] == 2).all() and (coarse[626:] == 1).all() and (coarse[:, 64:] == 1).all()
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    """The disk is full while levels wait in their files."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TileFile, "halved", full)
+    with pytest.raises(OSError, match="No space"):
+        write_ome_tiff(tmp_path / "l.tif", np.zeros((1000, 1000), np.uint8), channels=["label"], labels=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])

@@ -22,6 +22,7 @@ from monai_vslp.variational import (
     transport_plan,
 )
 from monai_vslp.variational.levels import Level, _coarsened, solve_levels
+from monai_vslp.variational.passes import SerialPasses
 from monai_vslp.variational.solver import StoppingRule
 from monai_vslp.variational.windows import DiskArray, split_windows
 
@@ -124,7 +125,8 @@ def test_a_coarser_grid_keeps_mass_and_means():
     grid = level()
     for size in ((1000, 1000), (31, 46), (1, 1)):
         windows = split_windows(SIZE, size)
-        coarse = _coarsened(grid, windows, lambda shape: torch.full(tuple(shape), torch.nan, dtype=torch.float64))
+        nothing = lambda shape: torch.full(tuple(shape), torch.nan, dtype=torch.float64)  # noqa: E731
+        coarse = _coarsened(grid, windows, nothing, SerialPasses())
         assert coarse.shape == (61, 51) and coarse.cost.shape == (3, 61, 51)
         assert float(coarse.mass.sum()) == pytest.approx(1.0, abs=1e-12)
         quad = (slice(None), slice(20, 22), slice(60, 62))

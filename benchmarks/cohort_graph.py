@@ -82,7 +82,7 @@ def run(executor: DaskExecutor, slides: int, parts: int, seconds: float, name: s
 def whole_graph(executor: DaskExecutor, tasks: int) -> dict[str, float]:
     """Memory of scheduler and client per task where all tasks are submitted at once; none of them gets to run."""
     before = memory()
-    gate = executor.client.submit(time.sleep, 3600, key="gate", pure=False)
+    gate = executor.client.submit(fake, 0.0, key="gate", workers=["nobody"])  # so that the others wait for good
     futures = executor.client.map(lambda _, i: i, [gate] * tasks, range(tasks), key="whole", pure=False)
     deadline = time.monotonic() + 120
     while len(executor._cluster.scheduler.tasks) < tasks and time.monotonic() < deadline:

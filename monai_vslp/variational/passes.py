@@ -132,7 +132,7 @@ class ExecutorPasses:
         for attempt in range(1, self.attempts + 1):
             try:
                 self._compute(work, groups, found)
-                return [result for group in found for result in pickle.loads(group)]
+                break
             except BrokenExecutor as error:
                 missing = found.count(None)
                 logger.warning("a worker died in attempt %d of %d; %d tasks are missing.", attempt, self.attempts, missing)
@@ -141,7 +141,7 @@ class ExecutorPasses:
                         f"worker processes died in {attempt} of {attempt} attempts at one pass over the map ({error}). The "
                         "usual reason is that they were killed for memory: use fewer workers."
                     ) from error
-        raise AssertionError("unreachable")
+        return [result for group in found for result in pickle.loads(group)]
 
     def _compute(self, work: bytes, groups: list[bytes], found: list[bytes | None]) -> None:
         """Fill in what is missing in ``found``; on an error nothing runs any more when it is raised."""

@@ -90,7 +90,11 @@ def _folder(output: Path, parent: Path) -> Iterator[Path]:
 def _remove_leftovers(parent: Path, output: Path) -> None:
     """Remove the working folders of an output whose lock is ours: who made them is gone."""
     for path in parent.glob(f".{glob.escape(output.name)}-*/{MARK}"):
-        if path.read_text(encoding="utf-8") == str(output):
+        try:
+            mine = path.read_text(encoding="utf-8") == str(output)
+        except FileNotFoundError:  # of an output of that name elsewhere, which is complete now
+            continue
+        if mine:
             logger.warning("refine_store: %s was left by a process that is gone; it is removed.", path.parent)
             shutil.rmtree(path.parent, ignore_errors=True)
 

@@ -89,7 +89,7 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def run_config(run: Path, name: str | Sequence[str], **overrides: Any) -> Any:
+def run_config(run: Path, name: str | Sequence[str], /, **overrides: Any) -> Any:
     """Run a config of a bundle folder, or one with overlays, as ``python -m monai.bundle run`` does, in this process.
 
     Raises:

@@ -23,7 +23,7 @@ from monai_vslp.variational.learned import WEIGHTS
 from monai_vslp.workflows.bundle import read_config
 from monai_vslp.workflows.calibration import segment_settings
 from monai_vslp.workflows.cohort_plan import CohortPlan, check_slides, make_jobs, plan_slides
-from monai_vslp.workflows.cohort_slide import SlideJob, finish, is_done, segment_one
+from monai_vslp.workflows.cohort_slide import SlideJob, finish, is_done, predict_part, segment_one
 from monai_vslp.workflows.cohort_state import EventLog, SlideState, cohort_rows, write_cohort_table, write_failed
 from monai_vslp.workflows.executors import Call, Executor, Outcome, Work, default_workers, make_executor
 from monai_vslp.workflows.regularizer import REGULARIZER
@@ -88,11 +88,15 @@ class _Progress:
             self.bar.close()
 
 
-def _work(run: Path, job: SlideJob, settings: Mapping[str, Any], threads: int | None) -> Work:
-    """One slide for an executor. Its parts, tiles on other workers, would stand here."""
+def _work(run: Path, job: SlideJob, settings: Mapping[str, Any], threads: int | None, count: int = 1) -> Work:
+    """One slide for an executor, its tiles in ``count`` parts that different workers may compute."""
     mark = hashlib.sha256(f"{job.folder}\n{job.fingerprint}".encode()).hexdigest()[:16]
     call = Call(f"segment_slide-{job.stem}-{mark}", segment_one, (str(run), job, dict(settings), threads))
-    return Work(job.folder, call, size=job.size)
+    parts = tuple(
+        Call(f"tiles-{job.stem}-{mark}-{k}-{count}", predict_part, (str(run), job, dict(settings), (k, count), threads))
+        for k in range(count if count > 1 else 0)
+    )
+    return Work(job.folder, call, parts, size=job.size)
 
 
 def _record(outcome: Outcome, log: EventLog) -> dict[str, Any]:
@@ -285,7 +289,9 @@ def cohort(
                 results = _prepare(todo, overwrite, log, executor)
                 ready = [job for job in todo if job.stem not in results]
                 own = threads if scheduler is None and scheduler_file is None and workers != 0 else None
-                works = [_work(run, job, settings, own) for job in ready]
+                # Fewer slides than workers: their tiles are shared.
+                count = -(-executor.threads // len(ready)) if 0 < len(ready) < executor.threads else 1
+                works = [_work(run, job, settings, own, count) for job in ready]
                 results |= run_jobs(works, ready, executor, log, progress)
         result = _finish_cohort(jobs, records, classes, output, results)
         log.write("end", done=len(result.done), failed=len(result.failures), computed=len(result.computed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from monai_vslp.workflows.cohort_state import SlideState
 from monai_vslp.workflows.executors import emit
 from monai_vslp.workflows.segment import _is_done
 
-__all__ = ["NO_SPACE", "SlideJob", "check_batch", "finish", "is_done", "segment_one"]
+__all__ = ["NO_SPACE", "SlideJob", "check_batch", "finish", "is_done", "predict_part", "segment_one"]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -124,6 +125,41 @@ def _segment(run: Path, job: SlideJob, settings: Mapping[str, Any]) -> None:
         **settings,
         **extra,
     )
+
+
+def predict_part(
+    run: str, job: SlideJob, settings: Mapping[str, Any], part: tuple[int, int], threads: int | None = None
+) -> None:
+    """Compute every n-th batch of tiles of a slide from the k-th, where :func:`segment_one` finds them.
+
+    What goes wrong is left for :func:`segment_one`, which meets it again and writes it down.
+
+    Args:
+        run, job, settings, threads: as of :func:`segment_one`.
+        part: ``(k, n)``.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if is_done(job) or not is_slide(job.path):
+        return
+    try:
+        run_config(
+            Path(run),
+            "slide_inference.json",
+            slide=job.path,
+            output_dir=job.folder,
+            source_mpp=job.mpp,
+            fingerprint=job.fingerprint,
+            progress=False,
+            run=[
+                "$@pipeline.predict(@slide, @output_dir, @part, source_mpp=@source_mpp, fingerprint=@fingerprint)",
+            ],
+            part=list(part),
+            **settings,
+        )
+        emit(event="tiles", slide=job.stem, folder=job.folder, pid=os.getpid(), part=part[0], parts=part[1])
+    except Exception as error:  # of any kind, as in segment_one
+        logger.info("tiles of %s, part %d of %d: %s", job.stem, part[0] + 1, part[1], error)
 
 
 def segment_one(run: str, job: SlideJob, settings: Mapping[str, Any], threads: int | None = None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class SlidePipeline:
         self,
         slide: str | Path,
         folder: str | Path,
-        batches: Iterable[int] | None = None,
+        part: tuple[int, int] = (0, 1),
         *,
         source_mpp: float | None = None,
         fingerprint: str | None = None,
@@ -111,15 +111,16 @@ class SlidePipeline:
 
         Args:
             slide, folder, source_mpp, fingerprint: as of :meth:`__call__`.
-            batches: numbers from 0; None for all.
+            part: ``(k, n)`` for every n-th batch from the k-th.
 
         Returns:
-            How many batches the slide has.
+            How many batches these are.
         """
         with open_slide(slide, self.reader, source_mpp) as source:
             job = self.job(source, folder, fingerprint)
+            batches = range(part[0], len(job.batches), part[1])
             job.run(self.predictor, batches)
-            return len(job.batches)
+            return len(batches)
 
     def estimate(self, slide: str | Path, *, source_mpp: float | None = None) -> dict[str, Any]:
         """What a slide needs, without computing anything: tiles, shape of the maps, bytes on disk."""

@@ -23,10 +23,9 @@ class SlideRecord:
     Attributes:
         path: absolute path of the file; it need not exist.
         row: line of the table (the header is 1).
-        proportions: of the whole tissue, None where nothing is given.
+        proportions: of the whole tissue, or of what is in no region; None where nothing is given.
         estimates: what each rater gave, by the name in the table, for slides with several rows.
-        regions: proportions of regions of the slide by their names (a block, a core), for slides whose rows name some;
-            ``proportions`` is None then.
+        regions: proportions of regions of the slide by their names (a block, a core), for slides whose rows name some.
         mpp: µm/px, None where unknown.
         patient: identifier, empty where unknown.
     """
@@ -49,9 +48,9 @@ def read_slide_table(table: str | Path, image_dir: str | Path | None, classes: S
     """Read and check a table of slides to segment.
 
     Column ``slide`` (or ``image``) names the files. Optional are ``mpp`` (µm/px), ``rater`` (several rows per slide),
-    ``region`` (rows for parts of a slide), ``patient``, and a column per class, whose cells are read as
-    :func:`~monai_vslp.data.proportions.parse_row` tells; a row without any is a slide of unknown proportions, and so is every
-    row of a table without class columns. All problems are reported together. Whether files exist is not looked at.
+    ``region`` (rows for parts of a slide; one without is about the rest), ``patient``, and a column per class, whose cells are
+    read as :func:`~monai_vslp.data.proportions.parse_row` tells. A row without any is a slide of unknown proportions, and so is
+    every row of a table without class columns. All problems are reported together. Whether files exist is not looked at.
 
     Args:
         table: CSV or XLSX as :func:`~monai_vslp.data.cohort.read_cohort` takes it.
@@ -135,15 +134,13 @@ def _slide(
                     f"row {record.row}, column {key!r}: {getattr(record, key)!r}, but row {first.row} says "
                     f"{getattr(first, key)!r} (slide {name!r})."
                 )
-    if "" in found and len(found) > 1:
-        problems.append(f"row {found[''].row}: no region, but other rows of slide {name!r} name theirs.")
     whole = found.get("")
     return SlideRecord(
         path=first.image,
         row=first.row,
         proportions=None if whole is None else whole.proportions,
         estimates={} if whole is None else _estimates(regions[""], whole),
-        regions={} if whole is not None else {region: record.proportions for region, record in found.items()},
+        regions={region: record.proportions for region, record in found.items() if region},
         mpp=first.mpp,
         patient=first.patient,
     )

@@ -207,7 +207,8 @@ def _plan_slide(job: SlideJob, status: str, values: Mapping[str, Any]) -> SlideP
             return SlidePlan(
                 job.stem, status, "image", job.mpp, (height, width), None, 0, height * width * (2 * classes + OUTPUT_BYTES)
             )
-        with open_slide(path, mpp=job.mpp) as slide:
+        # Bundles of earlier versions know neither readers nor margins.
+        with open_slide(path, values.get("reader", "auto"), job.mpp) as slide:
             found = SlideConfidence(
                 slide,
                 classes,
@@ -216,6 +217,7 @@ def _plan_slide(job: SlideJob, status: str, values: Mapping[str, Any]) -> SlideP
                 fingerprint=job.fingerprint,
                 tile=values["tile"],
                 overlap=values["overlap"],
+                margin=values.get("margin", 0),
                 map_downsample=values["map_downsample"],
                 progress=False,
             )
@@ -240,7 +242,8 @@ def plan_slides(
     Args:
         jobs: all slides.
         status: of each stem, as :class:`SlidePlan` has it.
-        values: of the slide config with the user's in place: ``classes``, ``mpp``, ``tile``, ``overlap``, ``map_downsample``.
+        values: of the slide config with the user's in place: ``classes``, ``mpp``, ``tile``, ``overlap``,
+            ``map_downsample``, ``margin``, ``reader``.
         output: folder of the cohort.
         workers: calls at a time.
         tiles_per_second: of one worker; None for what was measured on slides of ``output`` that are done.

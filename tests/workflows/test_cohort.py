@@ -275,8 +275,9 @@ def test_raters_regions_and_scales_are_read(tmp_path):
     np.testing.assert_allclose(y.regions["core 1"].mean, [0.1, 0.9])
     assert z.proportions is None and z.regions == {} and z.mpp is None
     (tmp_path / "t.csv").write_text("slide,a,b,region\nx.svs,60,40,\nx.svs,40,60,core\n")
-    with pytest.raises(InputError, match="no region, but other rows"):
-        read_slide_table(tmp_path / "t.csv", None, ["a", "b"])
+    (x,) = read_slide_table(tmp_path / "t.csv", None, ["a", "b"])
+    np.testing.assert_allclose([x.proportions.mean[0], x.regions["core"].mean[0]], [0.6, 0.4])  # the rest, and a region
+    assert list(x.regions) == ["core"]
 
 
 def test_the_scale_of_the_table_is_used(model, tmp_path):

@@ -17,7 +17,7 @@ EXTRAS = {
         "openslide-python",
         "openslide-bin",
         "zarr>=3",
-        "wsidicom>=0.20",
+        "wsidicom>=0.36",
     ],
     "dicom": ["highdicom>=0.26", "pydicom>=3"],
     "tracking": ["mlflow>=3.1", "matplotlib"],

@@ -310,15 +310,17 @@ class Slide:
         if workers < 1:
             raise InputError(f"workers must be at least 1, got {workers}.")
         corners = [(int(row), int(col)) for row, col in corners]
-        result = np.empty((len(corners), height, width, 3), dtype=np.uint8)
         level, ratio = self._finer(float(downsample))
         rows, cols = self.level_shapes[level]
-        within = [
-            i for i, (row, col) in enumerate(corners) if 0 <= row <= rows - height and 0 <= col <= cols - width
-        ]  # fmt: skip
-        if ratio != 1 or not self._read_batch(level, [corners[i] for i in within], within, result, workers):
-            within = []
-        rest = sorted(set(range(len(corners))) - set(within))
+        within = [i for i, (row, col) in enumerate(corners) if 0 <= row <= rows - height and 0 <= col <= cols - width]
+        batch = self._read_batch(level, [corners[i] for i in within], height, width, workers) if ratio == 1 else None
+        if batch is not None and len(batch) == len(corners):
+            return batch
+        result = np.empty((len(corners), height, width, 3), dtype=np.uint8)
+        rest = list(range(len(corners)))
+        if batch is not None:
+            result[within] = batch
+            rest = sorted({*rest} - {*within})
 
         def read(index: int) -> None:
             result[index] = self.read_at(*corners[index], height, width, downsample=downsample)
@@ -332,19 +334,16 @@ class Slide:
         return result
 
     def _read_batch(
-        self, level: int, corners: list[tuple[int, int]], places: list[int], result: np.ndarray, workers: int
-    ) -> bool:
-        """Fill ``result`` at ``places`` by the reader's own batches; False where it has none."""
+        self, level: int, corners: list[tuple[int, int]], height: int, width: int, workers: int
+    ) -> np.ndarray | None:
+        """What the reader's own batches give, ``[N, height, width, 3]``; None where it has none."""
         if not corners:
-            return False
+            return None
         try:
-            pixels = self._reader.read_batch(level, corners, *result.shape[1:3], workers)
+            pixels = self._reader.read_batch(level, corners, height, width, workers)
+            return pixels if pixels is None or self._convert is None else np.stack([self._convert(one) for one in pixels])
         except Exception as error:  # as in _read_level
             raise self._damaged(level, *corners[0], error) from error
-        if pixels is None:
-            return False
-        result[places] = pixels if self._convert is None else [self._convert(one) for one in pixels]
-        return True
 
     def thumbnail(self, max_size: int | None = None, *, downsample: float | None = None) -> np.ndarray:
         """The whole slide, small.

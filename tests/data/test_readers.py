@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real slides here")
 READERS = ["cucim", "openslide", "ome"]
 
 
+@lru_cache  # a profile holds the time at which it was made
 def srgb_profile(swapped=False):
     """sRGB, or sRGB with the primaries of red and blue exchanged."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -74,14 +74,14 @@ CORNERS = {
 @pytest.mark.parametrize("reader", [*READERS, "plain"])
 @pytest.mark.parametrize("downsample", [1.0, 2.0, 1.5])
 @pytest.mark.parametrize("kind", CORNERS)
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_many_places_are_those_read_one_by_one(pyramid, reader, downsample, kind, workers):
+def test_many_places_are_those_read_one_by_one(pyramid, reader, downsample, kind):
     corners = CORNERS[kind]
     with open_slide(pyramid, reader) as slide:
-        many = slide.read_many(corners, 40, 52, downsample=downsample, workers=workers)
-        assert many.shape == (len(corners), 40, 52, 3) and many.dtype == np.uint8
-        for (row, col), pixels in zip(corners, many):
-            np.testing.assert_array_equal(pixels, slide.read_at(row, col, 40, 52, downsample=downsample))
+        for workers in (1, 2, 3):
+            many = slide.read_many(corners, 40, 52, downsample=downsample, workers=workers)
+            assert many.shape == (len(corners), 40, 52, 3) and many.dtype == np.uint8
+            for (row, col), pixels in zip(corners, many):
+                np.testing.assert_array_equal(pixels, slide.read_at(row, col, 40, 52, downsample=downsample))
 
 
 def test_batches_of_cucim_are_used_inside_only(pyramid, monkeypatch):
@@ -277,17 +277,6 @@ def test_unsuited_readers_are_no_warning(tmp_path, image, caplog):
         assert slide.reader == "plain"
     told = [record for record in caplog.records if "passed over" in record.message]
     assert len(told) == 1 and "openslide: " in told[0].message and "cucim: it reads .svs" in told[0].message
-
-
-def test_slow_libraries_are_imported_when_needed(pyramid):
-    program = (
-        "import sys, monai_vslp.data.slides as s; s.open_slide(sys.argv[1]).close(); "
-        "print([m for m in sys.modules if m == 'wsidicom'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(pyramid)], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
-    )
-    assert done.stdout.strip().endswith("[]")
 
 
 # Plain images

@@ -21,6 +21,7 @@ __all__ = ["CucimReader"]
 
 SUFFIXES = (".svs", ".tif", ".tiff", ".btf", ".tf8")
 PROBE_SECONDS = 60
+BATCHES = 2  # regions per worker that cuCIM decodes at a time; measured on 256 and 896 px
 
 # Tries cuCIM beside torch. Errors of the file itself are no reason not to use cuCIM: they come again, and are caught, later.
 _PROBE = """
@@ -118,7 +119,7 @@ class CucimReader(SlideReader):
     ) -> np.ndarray | None:
         result = np.empty((len(corners), height, width, 3), dtype=np.uint8)
         places = [self._location(level, row, col) for row, col in corners]
-        batch = min(workers, len(places))
+        batch = min(BATCHES * workers, len(places))
         start = 0
         for part in self._handle.read_region(places, (width, height), level, batch_size=batch, num_workers=workers):
             pixels = np.asarray(part)

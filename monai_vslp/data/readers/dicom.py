@@ -17,19 +17,13 @@ from monai_vslp.utils.errors import SlideError
 
 __all__ = ["DicomReader", "is_dicom", "is_dicom_series"]
 
+pydicom, _ = optional_import("pydicom")
+
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # SOP class
 REQUIRED = ("ImageType", "SeriesInstanceUID", "TotalPixelMatrixColumns", "TotalPixelMatrixRows")  # in headers
 LOOKED_AT = 4  # files of a folder, to know whether it is a series
 
 logger = logging.getLogger(__name__)
-
-
-def _pydicom() -> Any:
-    """Imported when a DICOM file is there and not above: with wsidicom it takes longer than all that other slides need."""
-    module, has_it = optional_import("pydicom")
-    if not has_it:
-        raise SlideError("pydicom is not installed (pip install pydicom)")
-    return module
 
 
 def is_dicom(path: Path) -> bool:
@@ -49,7 +43,7 @@ def _instances(folder: Path) -> Iterator[Path]:
 
 
 def _header(path: Path) -> Any:
-    return _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "OpticalPathSequence", *REQUIRED])
+    return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "OpticalPathSequence", *REQUIRED])
 
 
 def is_dicom_series(folder: Path) -> bool:
@@ -79,6 +73,7 @@ class DicomReader(SlideReader):
         return None if is_dicom(path) else "it is no DICOM file"
 
     def __init__(self, path: Path) -> None:
+        # Imported here and not above: it takes most of a second, and most slides are not DICOM.
         wsidicom, has_it = optional_import("wsidicom")
         if not has_it:
             raise SlideError("it is not installed (pip install wsidicom)")

@@ -17,6 +17,7 @@ from monai_vslp.utils.errors import SlideError
 __all__ = ["OmeReader"]
 
 tifffile, _ = optional_import("tifffile")
+zarr, has_zarr = optional_import("zarr")
 
 TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".tf2")
 BLOSC_SIZE = slice(12, 16)  # of a chunk's header: its length in bytes, little endian
@@ -68,8 +69,6 @@ class OmeReader(SlideReader):
         return None if path.suffix.lower() in TIFF_SUFFIXES else f"it reads TIFF and Zarr, not {path.suffix or path.name}"
 
     def __init__(self, path: Path) -> None:
-        # Imported here and not above, because it takes long and most slides do without.
-        self._zarr, has_zarr = optional_import("zarr")
         if not has_zarr:
             raise SlideError("zarr is not installed (pip install zarr)")
         self._tiff = None
@@ -99,11 +98,11 @@ class OmeReader(SlideReader):
         self._tiff = tifffile.TiffFile(path)
         series = self._tiff.series[0]
         stores = [series.aszarr(level=level) for level in range(len(series.levels))]
-        return [self._zarr.open_array(store, mode="r") for store in stores], series.axes, None
+        return [zarr.open_array(store, mode="r") for store in stores], series.axes, None
 
     def _open_zarr(self, path: Path) -> tuple[list[Any], list[str], tuple[float, ...]]:
         store = _checked_store(path)
-        group = self._zarr.open_group(store, mode="r")
+        group = zarr.open_group(store, mode="r")
         if "bioformats2raw.layout" in self._ome(group):
             group = group["0"]
         images = self._ome(group).get("multiscales")

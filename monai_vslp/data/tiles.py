@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from monai.utils import CommonKeys, optional_import
 from torch.utils.data import Dataset
 
-from monai_vslp.data.images import IMAGE_SUFFIXES, list_images, read_image
-from monai_vslp.data.slides import SLIDE_SUFFIXES, area_resample, is_slide, open_slide
+from monai_vslp.data.images import read_image
+from monai_vslp.data.inputs import find_images
+from monai_vslp.data.slides import area_resample, is_slide, open_slide
 from monai_vslp.utils.errors import InputError
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
-__all__ = ["TissueTiles", "find_images", "prepare_tiles"]
+__all__ = ["TissueTiles", "prepare_tiles"]
 
 MASK_MPP = 8.0  # µm/px at which tissue is looked for, unless the detector has a scale of its own
 POSITIONS = 20_000  # kept per file; each stands for a cell of the mask, within which tiles move freely
@@ -29,28 +30,6 @@ OPEN_SLIDES = 128
 LONGEST_EPOCH = 20_000  # tiles
 
 logger = logging.getLogger(__name__)
-
-
-def find_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Files named, and the images and slides directly in folders named, each once.
-
-    Raises:
-        InputError: a name that does not exist, or no image at all.
-    """
-    names = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    files: dict[Path, None] = {}
-    for name in map(Path, names):
-        if name.is_dir():
-            slides = (p for p in name.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES and not p.name.startswith("."))
-            files |= dict.fromkeys(sorted({*list_images(name), *slides}))
-        elif name.is_file():
-            files[name] = None
-        else:
-            raise InputError(f"{name} does not exist; give image files, slides, or folders that hold them.")
-    if not files:
-        looked = ", ".join(map(str, names)) or "an empty list"
-        raise InputError(f"no images or slides in {looked}; expected {', '.join((*IMAGE_SUFFIXES, *SLIDE_SUFFIXES))}.")
-    return list(files)
 
 
 def prepare_tiles(
@@ -106,7 +85,7 @@ class TissueTiles(Dataset):
     Files without a suitable place are left out with a warning.
 
     Args:
-        sources: folders and files; see :func:`find_images`.
+        sources: folders and files; see :func:`~monai_vslp.data.inputs.find_images`.
         tile: edge of the tiles, px.
         length: tiles per epoch; None for as many as tile the tissue without overlap, 20,000 at most.
         mpp: µm/px of the tiles. Slides are read at it; images are taken to have it.

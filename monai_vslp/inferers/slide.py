@@ -19,6 +19,7 @@ import torch
 from monai.inferers import Inferer
 from monai.utils import optional_import
 
+from monai_vslp.data.inputs import content_mark
 from monai_vslp.data.slides import Slide, area_resample
 from monai_vslp.inferers.blending import blend_tiles, tile_weight
 from monai_vslp.inferers.slide_maps import CHUNK, MAPS_NAME, SlideMaps, clear_work, create_maps, remove_maps
@@ -194,11 +195,11 @@ class SlideConfidence:
         self._size = (tile - 2 * margin) // map_downsample  # of the blended part, map px
         self.tiles = self._tiles_over_tissue(max(1, round(self._size * (1 - overlap))))
         self.batches = [self.tiles[i : i + batch_size] for i in range(0, len(self.tiles), batch_size)]
-        status = slide.path.stat()
+        size, changed = content_mark(slide.path)
         plan = {
             "slide": str(slide.path.resolve()),
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
+            "size": size,
+            "mtime_ns": changed,
             "reader": slide.reader,
             "slide_mpp": slide.mpp,
             "color": slide.color,

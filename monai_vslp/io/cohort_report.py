@@ -343,11 +343,12 @@ def write_cohort_report(
     return write_text(folder / name, html_page("Tissue maps", body, [STYLE]))
 
 
-def write_index(out_folder: str | Path) -> Path:
+def write_index(out_folder: str | Path, failed: Mapping[str, str] | None = None) -> Path:
     """Write ``report.html`` over all segmented inputs of a folder, as :func:`write_cohort_report` tells.
 
     Args:
         out_folder: holds one folder per input, each with ``summary.json``. Inputs that cannot be read are listed as failed.
+        failed: name and reason of inputs that failed.
 
     Returns:
         Path of the report.
@@ -359,8 +360,10 @@ def write_index(out_folder: str | Path) -> Path:
     folders = sorted(path.parent for path in out_folder.glob(f"*/{SUMMARY_NAME}"))
     if not folders:
         raise InputError(f"{out_folder} holds no */{SUMMARY_NAME}; give the output folder of 'monai-vslp segment'.")
-    rows, failures = [], []
+    rows, failures = [], [{"name": name, "reason": reason} for name, reason in (failed or {}).items()]
     for folder in folders:
+        if folder.name in (failed or {}):  # what lies there is of an earlier call
+            continue
         try:
             rows.append(read_summary(folder) | {"folder": folder.name})
         except InputError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,13 +22,14 @@ from monai_vslp.io.ome_zarr import write_ome_zarr
 from monai_vslp.io.report import write_report
 from monai_vslp.io.summary import SUMMARY_NAME, build_summary
 from monai_vslp.io.table import write_proportions
+from monai_vslp.io.viewer import VIEWER_FOLDER, write_viewer
 from monai_vslp.transforms.overlay import LabelOverlay
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational.outofcore import NO_TISSUE
 from monai_vslp.variational.windows import Window, split_windows
 
-__all__ = ["DEFAULT_FORMATS", "NO_TISSUE", "WRITERS", "SegmentationOutput", "write_output"]
+__all__ = ["DEFAULT_FORMATS", "NO_TISSUE", "SLIDE_FORMATS", "WRITERS", "SegmentationOutput", "write_output"]
 
 Image, _ = optional_import("PIL.Image")
 
@@ -34,10 +37,11 @@ PICTURE_SIDE = 1600  # px, longer side of the pictures for people
 BLOCK = 1024  # px, side of the windows of a pass over the maps; the same for any input, so that sums are the same
 SMALLEST_POLYGON = 64  # px², regions of labels below it are left out of the polygons
 DEFAULT_FORMATS = ("ome_tiff", "geojson", "table")
+SLIDE_FORMATS = (*DEFAULT_FORMATS, "viewer")
 WRITERS = ComponentStore(
     "output writers",
-    "Functions writer(folder, output) -> paths that write a SegmentationOutput in some format; add your own and name it in "
-    "the formats of write_output.",
+    "Functions writer(folder, output) that write a SegmentationOutput into a folder in some format and return the paths of the "
+    "files and folders they wrote; add your own and name it in the formats of write_output.",
 )
 
 
@@ -338,6 +342,41 @@ def _write_dicom(folder: Path, output: SegmentationOutput) -> list[Path]:
     ]
 
 
+@WRITERS.add_def("viewer", "tiles of the input, the maps and the energies that the viewer in report.html shows")
+def _write_tiles(folder: Path, output: SegmentationOutput) -> list[Path]:
+    image = np.moveaxis(output.picture, -1, 0) if output.image is None else output.image
+    layers = {"image": image, "labels": output.label_map, "network": output.first_label_map}
+    layers |= {"confidence": output.confidence, "fidelity": output.fidelity, "regularization": output.regularization}
+    if output.spread is not None:
+        layers["spread"] = output.spread
+    write_viewer(
+        folder / VIEWER_FOLDER,
+        layers,
+        classes=output.classes,
+        colors=output.colors,
+        level0_shape=output.level0_shape or output.label_map.shape,
+        mpp=output.level0_mpp,
+    )
+    return [folder / VIEWER_FOLDER]
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    """What the formats of an earlier call wrote into a folder, as paths in it; empty where that is not known."""
+    try:
+        written = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))["files"].values()
+        names = {str(name) for files in written for name in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()  # none, of an earlier version, or damaged: then nothing is known, so nothing is deleted
+    return {name for name in names if name not in ("", ".") and ".." not in Path(name).parts and not Path(name).is_absolute()}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _write_energies(path: Path, output: SegmentationOutput) -> None:
     energies = {"fidelity": output.fidelity, "regularization": output.regularization}
     reduced = {name: _reduce(values, output.mass) for name, values in energies.items()}
@@ -351,7 +390,8 @@ def _write_energies(path: Path, output: SegmentationOutput) -> None:
 def write_output(folder: str | Path, output: SegmentationOutput, formats: Sequence[str] = DEFAULT_FORMATS) -> Path:
     """Write maps, polygons, tables, pictures, ``summary.json`` and ``report.html`` into ``folder``.
 
-    ``summary.json`` comes last but for the report, so its presence says that the rest is complete.
+    ``summary.json`` comes last but for the report, so its presence says that the rest is complete. It lists the files of each
+    format; those of formats that an earlier call wrote and this one does not are deleted, so that no map lies beside another's.
 
     Args:
         folder: made where it is not there.
@@ -370,13 +410,17 @@ def write_output(folder: str | Path, output: SegmentationOutput, formats: Sequen
         WRITERS[look_up_option(name, WRITERS.names)] for name in formats
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    for writer in writers:
-        writer(folder, output)
+    files = {}
+    for name, writer in zip(formats, writers):
+        paths = [path for path in writer(folder, output) if path.is_relative_to(folder)]
+        files[name] = [path.relative_to(folder).as_posix() for path in paths]
+    for name in _earlier_files(folder) - {name for names in files.values() for name in names}:
+        _remove(folder / name)
     _write_energies(folder / "energies.npz", output)
     pictures = {"thumbnail": output.picture, "overlay": _overlay(output.picture, output.label_map, output.colors)}
     for name, picture in pictures.items():
         with atomic_path(folder / f"{name}.jpg") as temporary:
             Image.fromarray(picture).save(temporary, quality=88)
-    path = write_json(folder / SUMMARY_NAME, output.summary)
+    path = write_json(folder / SUMMARY_NAME, output.summary | {"files": files})
     write_report(folder)
     return path

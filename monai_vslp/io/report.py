@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from monai_vslp.io.cohort_report import write_index
 from monai_vslp.io.ome_tiff import read_map_tiff
 from monai_vslp.io.report_charts import energy_curve, proportion_bars
 from monai_vslp.io.report_pictures import (
@@ -37,7 +36,7 @@ from monai_vslp.transforms.overlay import EnergyPicture
 from monai_vslp.utils.atomic import write_text
 from monai_vslp.variational.outofcore import NO_TISSUE
 
-__all__ = ["BAND_MAP", "REPORT_NAME", "band_picture", "disagreement", "write_index", "write_report"]
+__all__ = ["BAND_MAP", "disagreement", "write_report"]
 
 BAND_MAP = "band.tif"  # how many moves of a rounding step change a label, and what it then is
 BAND_MOVES = 6  # moves of a rounding step that are listed, those with most effect

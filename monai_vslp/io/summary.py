@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "tissue_fraction": None,
     "regions": [],
     "views": None,
+    "files": {},
     "options": {},
     "seconds": {},
     "versions": {},

@@ -14,8 +14,9 @@ import numpy as np
 from monai.utils import optional_import
 
 from monai_vslp.data.images import image_size
+from monai_vslp.io.cohort_report import write_index
 from monai_vslp.io.ome_tiff import read_label_tiff, read_map_tiff
-from monai_vslp.io.report import REPORT_NAME, write_index
+from monai_vslp.io.report_style import REPORT_NAME
 from monai_vslp.io.summary import SUMMARY_NAME, read_summary
 from monai_vslp.metrics.segmentation import ConfusionMatrix, boundary_f1
 from monai_vslp.utils.atomic import write_json, write_text

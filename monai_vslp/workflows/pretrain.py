@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from monai_vslp.data.images import check_images
+from monai_vslp.data.inputs import find_images
 from monai_vslp.data.slides import is_slide
-from monai_vslp.data.tiles import find_images
 from monai_vslp.networks.masked import MaskedAutoencoder
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import InputError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from monai_vslp.io.report import write_index, write_report
+from monai_vslp.io.cohort_report import write_index
+from monai_vslp.io.report import write_report
 from monai_vslp.io.summary import SUMMARY_NAME
 from monai_vslp.utils.errors import InputError
 

@@ -14,10 +14,14 @@ import numpy as np
 from monai.utils import convert_to_tensor, optional_import
 
 from monai_vslp.data.cohort import Cohort, read_cohort
-from monai_vslp.data.images import IMAGE_SUFFIXES, check_images, list_images
-from monai_vslp.data.slides import SLIDE_SUFFIXES, is_slide, open_slide
+from monai_vslp.data.images import check_images, list_images
+from monai_vslp.data.inputs import content_mark, find_images
+from monai_vslp.data.slides import is_slide, open_slide
+from monai_vslp.io.cohort_report import write_index
+from monai_vslp.io.manifest import MANIFEST_NAME
 from monai_vslp.io.ome_tiff import write_ome_tiff
-from monai_vslp.io.report import BAND_MAP, band_picture, write_index, write_report
+from monai_vslp.io.report import BAND_MAP, write_report
+from monai_vslp.io.report_pictures import band_picture
 from monai_vslp.io.summary import SUMMARY_NAME, read_summary
 from monai_vslp.transforms.refinement import VariationalRefinementd
 from monai_vslp.utils.atomic import atomic_path, write_json
@@ -61,22 +65,12 @@ def _item(path: Path, cohort: Cohort | None) -> dict[str, Any]:
 
 
 def _expand(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files named, and the images and slides of folders named.
+    """Images and slides named, or in folders named.
 
     Raises:
         InputError: a name that does not exist, a folder without images, or two inputs of one stem.
     """
-    files: list[Path] = []
-    for name in map(Path, inputs):
-        if name.is_dir():
-            found = sorted({*list_images(name), *(p for p in name.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES)})
-            if not found:
-                raise InputError(f"folder {name} holds no images or slides ({', '.join((*IMAGE_SUFFIXES, *SLIDE_SUFFIXES))}).")
-            files += found
-        elif name.is_file():
-            files.append(name)
-        else:
-            raise InputError(f"input {name} does not exist.")
+    files = find_images(inputs)
     stems: dict[str, Path] = {}
     for path in files:
         if path.stem in stems:
@@ -87,7 +81,7 @@ def _expand(inputs: Sequence[str | Path]) -> list[Path]:
 
 def _fingerprint(path: Path, models: Sequence[Path], settings: Mapping[str, Any]) -> str:
     """Changes when the input, the network or the settings change."""
-    stats = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (path, *models)]
+    stats = [content_mark(p) for p in (path, *models)]
     return hashlib.sha256(json.dumps([str(path.absolute()), stats, settings], default=str).encode()).hexdigest()[:16]
 
 
@@ -96,7 +90,9 @@ def _is_done(folder: Path, fingerprint: str, band: float | None) -> bool:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    same = summary["options"].get("fingerprint") == fingerprint and (folder / "report.html").exists()
+    # What comes after the summary: the report, and for slides the list of checksums.
+    last = ["report.html"] if summary.get("kind") != "slide" else ["report.html", MANIFEST_NAME]
+    same = summary["options"].get("fingerprint") == fingerprint and all((folder / name).exists() for name in last)
     return same and (band is None or "band" in summary)  # the band comes after the rest, an interrupt may leave it out
 
 
@@ -326,5 +322,5 @@ def segment(
             logger.info("%s", error)
             failures[path.stem] = str(error)
     if any(output.glob("*/summary.json")):
-        write_index(output)
+        write_index(output, failures)
     return failures

@@ -16,10 +16,8 @@ from monai_vslp.inferers.slide import SlideConfidence, network_predictor
 from monai_vslp.inferers.slide_maps import SlideMaps
 from monai_vslp.inferers.slide_refinement import REFINED, Given, RefinedMaps, Region, refine_maps
 from monai_vslp.io.manifest import write_manifest
-from monai_vslp.io.output import DEFAULT_FORMATS, SegmentationOutput, write_output
+from monai_vslp.io.output import SLIDE_FORMATS, SegmentationOutput, write_output
 from monai_vslp.io.regions import region_masks
-from monai_vslp.io.report import write_report
-from monai_vslp.io.viewer import write_viewer
 from monai_vslp.transforms.overlay import default_colors
 from monai_vslp.transforms.refinement import VariationalRefinement
 from monai_vslp.variational.passes import Passes
@@ -27,7 +25,6 @@ from monai_vslp.variational.passes import Passes
 __all__ = ["SlidePipeline"]
 
 WORK = "tiles"  # folder inside the output that holds unfinished work until the slide is written
-VIEWER = "viewer"
 
 
 class SlidePipeline:
@@ -71,7 +68,7 @@ class SlidePipeline:
         batch_size: int = 4,
         map_downsample: int = 4,
         reader: str = "auto",
-        formats: Sequence[str] = DEFAULT_FORMATS,
+        formats: Sequence[str] = SLIDE_FORMATS,
         device: str | torch.device = "cpu",
         progress: bool = True,
         options: Mapping[str, Any] | None = None,
@@ -180,23 +177,10 @@ class SlidePipeline:
         seconds = {"tiles": clock[1] - clock[0], "refinement": clock[2] - clock[1], **maps.seconds}
         output = self._output(path, maps, refined, given_spread, fingerprint, seconds)
         written = write_output(folder, output, self.formats)
-        layers = {"image": maps.image, "labels": output.label_map, "network": output.first_label_map}
-        layers |= {"confidence": maps.confidence, "fidelity": output.fidelity, "regularization": output.regularization}
-        if maps.spread is not None:
-            layers["spread"] = maps.spread
-        write_viewer(
-            folder / VIEWER,
-            layers,
-            classes=self.classes,
-            colors=self.colors,
-            level0_shape=maps.level0_shape,
-            mpp=output.level0_mpp,
-        )
-        write_report(folder)
+        write_manifest(folder)
         shutil.rmtree(folder / WORK / REFINED, ignore_errors=True)
         (folder / WORK / "refined.json").unlink(missing_ok=True)
         maps.clear()
-        write_manifest(folder)
         return written
 
     def _output(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import ImageCms
 
+from monai_vslp.data.inputs import find_images
 from monai_vslp.data.slides import is_slide, open_slide
 from monai_vslp.utils.errors import SlideError
 
@@ -84,6 +85,10 @@ def series(tmp_path_factory):
     write_instance(folder / "overview.dcm", np.full((30, 60, 3), 99, dtype=np.uint8), uids, "OVERVIEW")
     (folder / "notes.txt").write_text("no slide")
     return folder, [full, half]
+
+
+def test_a_series_is_one_input_named_or_found(series):
+    assert find_images(series[0]) == find_images(series[0].parent) == [series[0]]
 
 
 def test_levels_of_a_series(series):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from monai_vslp.data.tiles import TissueTiles, find_images, prepare_tiles
+from monai_vslp.data.tiles import TissueTiles, prepare_tiles
 from monai_vslp.transforms import RandStainJitter, TissueMask
 from monai_vslp.utils.errors import ImageReadError, InputError
 
@@ -209,20 +209,6 @@ def test_impossible_options(tmp_path, options, message):
     save(tmp_path / "a.png", np.zeros((64, 64, 3)))
     with pytest.raises(InputError, match=message):
         TissueTiles(tmp_path, **{"tile": 32, **options}, progress=False)
-
-
-def test_finding_files(tmp_path):
-    a, b = save(tmp_path / "one" / "b.png", half_dark()), save(tmp_path / "one" / "a.jpg", half_dark())
-    (tmp_path / "one" / "notes.txt").write_text("x")
-    (tmp_path / "one" / ".hidden.png").write_text("x")
-    (tmp_path / "one" / "s.svs").write_text("x")
-    assert find_images(tmp_path / "one") == [b, a, tmp_path / "one" / "s.svs"]
-    assert find_images([a, tmp_path / "one"]) == [a, b, tmp_path / "one" / "s.svs"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no images or slides in .*empty"):
-        find_images(tmp_path / "empty")
-    with pytest.raises(InputError, match="gone does not exist"):
-        find_images([a, tmp_path / "gone"])
 
 
 def test_fingerprint_and_batches(tmp_path):

@@ -14,6 +14,7 @@ import monai_vslp.io.output as module
 from monai_vslp.io.ome_tiff import read_label_tiff, read_map_tiff
 from monai_vslp.io.output import NO_TISSUE, WRITERS, SegmentationOutput, write_output
 from monai_vslp.io.summary import read_summary
+from monai_vslp.io.viewer import read_viewer
 from monai_vslp.utils.atomic import write_text
 from monai_vslp.utils.errors import InputError
 
@@ -191,6 +192,41 @@ def test_formats_of_others_can_be_added(maps, tmp_path):
         del WRITERS.components["count_of_tissue"]
     assert (tmp_path / "count.txt").read_text() == f"s {(maps['mass'] > 0).sum()}"
     assert {path.name for path in tmp_path.iterdir()} == {"count.txt", *TABLES, *ALWAYS}
+
+
+def test_files_of_formats_left_out_do_not_stay_beside_other_maps(maps, tmp_path):
+    (tmp_path / "notes.txt").write_text("of the user")
+    write_output(tmp_path, make(maps), formats=("table", "geojson", "ome_zarr", "viewer"))
+    files = read_summary(tmp_path)["files"]
+    assert files == {
+        "table": list(TABLES),
+        "geojson": ["segmentation.geojson"],
+        "ome_zarr": ["s.ome.zarr"],
+        "viewer": ["viewer"],
+    }
+    assert {"notes.txt", "s.ome.zarr", "viewer", "segmentation.geojson"} <= {path.name for path in tmp_path.iterdir()}
+    write_output(tmp_path, make(maps), formats=("table",))
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", *TABLES, *ALWAYS}
+
+
+@pytest.mark.parametrize("names", [["../outside.txt"], ["/{outside}"], [""], ["."], 7])
+def test_a_summary_that_was_tampered_with_deletes_nothing_else(maps, tmp_path, names):
+    outside, folder = tmp_path / "outside.txt", tmp_path / "out"
+    outside.write_text("of the user")
+    write_output(folder, make(maps), formats=())
+    names = [str(name).replace("/{outside}", str(outside)) for name in names] if isinstance(names, list) else names
+    (folder / "summary.json").write_text(json.dumps(read_summary(folder) | {"files": {"other": names}}))
+    write_output(folder, make(maps), formats=())
+    assert outside.read_text() == "of the user" and {path.name for path in folder.iterdir()} == ALWAYS
+
+
+def test_the_report_shows_the_viewer_of_slides_and_images(maps, tmp_path):
+    thumbnail = np.moveaxis(maps["image"], 0, -1)
+    for name, changes in (("slide", {}), ("image", {"kind": "image", "image": None, "thumbnail": thumbnail})):
+        write_output(tmp_path / name, make(maps, **changes), formats=("viewer",))
+        layers = [layer["key"] for layer in read_viewer(tmp_path / name / "viewer")["layers"]]
+        assert {"image", "labels", "network", "confidence", "spread", "fidelity", "regularization"} <= set(layers)
+        assert 'id="viewer"' in (tmp_path / name / "report.html").read_text()
 
 
 def test_unknown_formats_are_guessed_before_anything_is_written(maps, tmp_path):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from monai_vslp.io.report import disagreement, write_index, write_report
+from monai_vslp.io.cohort_report import write_index
+from monai_vslp.io.report import disagreement, write_report
 from monai_vslp.io.summary import build_summary, read_summary, validate_summary
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import ImageReadError, InputError

@@ -20,17 +20,19 @@ EXTRAS = {
         "wsidicom>=0.36",
     ],
     "dicom": ["highdicom>=0.26", "pydicom>=3"],
-    "tracking": ["mlflow>=3.1", "matplotlib"],
+    "tracking": ["mlflow>=3.1", "matplotlib", "psutil"],
     "transport": ["POT>=0.9.5"],
     "stores": ["zarr>=3"],
     "label": ["monailabel>=0.8.5"],
     "deploy": ["monai-deploy-app-sdk>=4.0"],
     "distributed": ["dask[distributed]>=2025.1"],
     "tables": ["pandas", "openpyxl"],
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "dev": ["pytest>=8", "hypothesis", "ruff", "jsonschema"],
 }
 # MONAI Label and MONAI Deploy need environments of their own; "all" is what one machine uses.
-EXTRAS["all"] = sum((EXTRAS[name] for name in ("slides", "dicom", "tracking", "transport", "stores", "distributed")), [])
+ALL = ("slides", "dicom", "tracking", "transport", "stores", "distributed", "tables", "export")
+EXTRAS["all"] = sum((EXTRAS[name] for name in ALL), [])
 
 setup(
     name="monai_vslp",
@@ -43,7 +45,12 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["monai_vslp", "monai_vslp.*"]), "monai_vslp._bundles"],
     package_dir={"monai_vslp": "monai_vslp", "monai_vslp._bundles": "bundles"},
-    package_data={"monai_vslp._bundles": ["**/*"], "monai_vslp.recipes": ["*.json"], "monai_vslp.io": ["assets/*"]},
+    package_data={
+        "monai_vslp._bundles": ["**/*"],
+        "monai_vslp.apps.deploy": ["app.yaml", "requirements.txt"],
+        "monai_vslp.io": ["assets/*"],
+        "monai_vslp.recipes": ["*.json"],
+    },
     install_requires=[
         "torch>=2.4",
         "monai>=1.5",

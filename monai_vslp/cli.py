@@ -106,10 +106,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
 
+    check = commands.add_parser("check", help="find what is wrong with a table and its images before training")
+    check.add_argument("table", type=Path, nargs="?", metavar="TABLE", help="as for 'train': CSV or XLSX")
+    check.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the table's)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
+    check.add_argument(
+        "--template",
+        type=Path,
+        metavar="FILE",
+        help="write an empty table, .csv or .xlsx, a row for each image of --images",
+    )
+    check.add_argument("--classes", type=_names, default=[], metavar="CLASS,CLASS", help="class columns of the template")
+
     train = commands.add_parser("train", help="train from a table of proportions")
     train.add_argument("table", type=Path, metavar="TABLE", help="CSV: image,split,patient,<one column per class>")
     train.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that image names are relative to")
     train.add_argument("--output", type=Path, required=True, metavar="RUN", help="bundle folder to write or continue")
+    train.add_argument("--start", type=Path, metavar="RUN", help="bundle folder with a trained network to go on from")
     _training_options(train)
     tuning = train.add_argument_group("training a backbone (--finetune, or from scratch)")
     tuning.add_argument("--adapters", type=int, metavar="RANK", help="train low-rank corrections of the backbone, such as 8")
@@ -212,8 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     segment.add_argument(
         "--regularizer",
-        choices=("tv", "learned"),
-        help="total variation, or what 'train-regularizer' left (default: learned where there is one)",
+        metavar="NAME",
+        help="'tv' for total variation, 'learned' for what 'train-regularizer' left (default: learned where there is one), "
+        "or one that another package adds",
     )
     segment.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
     segment.add_argument("--no-calibration", action="store_true", help="take confidences as the network gives them")
@@ -228,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     cohort.add_argument("--mpp", type=float, metavar="X", help="µm/px of slides of which neither file nor table says it")
     cohort.add_argument("--trust", type=_trust, metavar="RHO", help=TRUST_HELP)
     cohort.add_argument("--alpha", type=float, metavar="A", help="strength of the regularizer")
-    cohort.add_argument("--regularizer", choices=("tv", "learned"), help="as of 'segment'")
+    cohort.add_argument("--regularizer", metavar="NAME", help="as of 'segment'")
     cohort.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views")
     cohort.add_argument("--no-calibration", action="store_true", help="take confidences as the network gives them")
     _slide_options(cohort)
@@ -252,6 +266,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=CLASS,CLASS",
         help="also score these classes together against the rest",
     )
+
+    evaluate.add_argument("--track", type=Path, metavar="RUN", help="add scores and pictures to the MLflow run of this bundle")
+
+    register = commands.add_parser("register", help="add a trained bundle to MLflow's model registry")
+    register.add_argument("model", type=Path, metavar="RUN", help="bundle folder of 'train'")
+    register.add_argument("--name", default="monai_vslp", help="of the registered model (default: monai_vslp)")
+    register.add_argument("--tracking-uri", metavar="URI", help="MLflow server or store (default: that of the training)")
+
+    send = commands.add_parser("send-tracking", help="send runs to MLflow that were kept here while its server was away")
+    send.add_argument("output", type=Path, metavar="OUT", help="folder of 'train', 'cross-validate' or 'benchmark'")
 
     benchmark = commands.add_parser("benchmark", help="compare methods on data sets, noise levels and seeds, and make tables")
     benchmark.add_argument("config", type=Path, metavar="CONFIG", help="JSON as configs/benchmark_example.json")
@@ -292,17 +316,34 @@ def _tuning_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return given | ({} if options.adapters is None else {"adapters": {"rank": options.adapters}})
 
 
+def _check(options: argparse.Namespace) -> int:
+    from monai_vslp import workflows
+    from monai_vslp.io.check_report import format_check
+
+    if options.template is not None:
+        print(f"Template: {workflows.make_template(options.template, options.classes, options.images)}")
+        return 0
+    if options.table is None:
+        raise InputError("check takes a table, or --template FILE for an empty one.")
+    found = workflows.check(options.table, options.images, json=options.json, progress=not options.quiet)
+    print(format_check(found))
+    return 1 if found.count("error") else 0
+
+
 def _run(options: argparse.Namespace) -> int:
     from monai_vslp import workflows
 
     progress = not options.quiet
     if options.command == "demo":
         workflows.demo(options.output, seed=options.seed, progress=progress)
+    elif options.command == "check":
+        return _check(options)
     elif options.command == "train":
         run = workflows.train(
             options.table,
             options.images,
             options.output,
+            start=options.start,
             processes=options.processes,
             progress=progress,
             **_training_arguments(options),
@@ -430,7 +471,17 @@ def _run(options: argparse.Namespace) -> int:
             print(f"Done: {len(result.done)}, failed: {len(result.failures)}. Table: {result.table}, report beside it.")
         return 1 if result.failures else 0
     elif options.command == "evaluate":
-        workflows.evaluate(options.output, options.masks, groups=dict(options.group) if options.group else None)
+        result = workflows.evaluate(options.output, options.masks, groups=dict(options.group) if options.group else None)
+        if options.track is not None:
+            print(f"Tracked: {workflows.track_evaluation(options.output, result, options.track)}")
+    elif options.command == "register":
+        from monai_vslp.apps.mlflow_model import register
+
+        print(f"Registered: {register(options.model, options.name, options.tracking_uri)}")
+    elif options.command == "send-tracking":
+        from monai_vslp.handlers.tracked_run import send_kept
+
+        print("\n".join(send_kept(options.output)) or f"Nothing is kept in {options.output}.")
     else:
         print(workflows.report(options.output))
     return 0
@@ -443,7 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line; None for the process's own.
 
     Returns:
-        0 for success, 1 where some inputs failed, 2 for wrong input, 3 for a full disk, 130 after Ctrl-C.
+        0 for success, 1 where inputs failed or a check found errors, 2 for wrong input, 3 for a full disk, 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(levelname)s %(message)s")

@@ -9,6 +9,8 @@ from monai_vslp.data.bags import (
     prepare_bags,
 )
 from monai_vslp.data.cohort import Cohort, Record, read_cohort, write_table
+from monai_vslp.data.confidences import FileStacks, confidence_items
+from monai_vslp.data.factories import bag_collation, class_indices, class_names, feature_bags, split_items
 from monai_vslp.data.folds import assign_folds, divide, write_fold_table
 from monai_vslp.data.images import check_images, image_size, list_images, read_image
 from monai_vslp.data.item_random import ItemRandomDataset
@@ -28,8 +30,14 @@ __all__ = [
     "Cohort",
     "ConfidenceStacks",
     "FeatureBagDataset",
+    "FileStacks",
     "assign_folds",
+    "bag_collation",
     "bag_keys",
+    "class_indices",
+    "class_names",
+    "feature_bags",
+    "split_items",
     "HeldOutMaps",
     "ItemRandomDataset",
     "ProportionLabel",
@@ -41,6 +49,7 @@ __all__ = [
     "RegularizerBatches",
     "check_images",
     "collate_bags",
+    "confidence_items",
     "combine_raters",
     "divide",
     "fingerprint",

@@ -117,14 +117,15 @@ class FeatureBagDataset(Dataset):
         return self.items[index]
 
 
-def bag_keys(datalist: Sequence[Mapping[str, Any]], network: torch.nn.Module, views: str) -> list[str]:
+def bag_keys(datalist: Sequence[Mapping[str, Any]], network: torch.nn.Module, views: str | Sequence[Any]) -> list[str]:
     """Names of bags on disk: they change with the image, its proportions, the network's features and the views.
 
     Args:
         datalist: items with ``image`` (a path) and ``proportions``.
         network: as its features are computed, with weights.
-        views: says which views.
+        views: says which views: a text, or parts that are joined by hyphens.
     """
+    views = views if isinstance(views, str) else "-".join(str(part) for part in views)
     features = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
     options = (views, getattr(network, "window", None), getattr(network, "magnifications", None))
     base = state_digest(features, options)

@@ -7,6 +7,7 @@ import difflib
 import io
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from monai_vslp.data.proportions import ProportionLabel, combine_raters, parse_r
 from monai_vslp.utils.atomic import atomic_path
 from monai_vslp.utils.errors import InputError, ProportionError
 
-__all__ = ["Cohort", "Record", "read_cohort", "write_table"]
+__all__ = ["Cohort", "Examined", "Record", "examine_table", "read_cohort", "shared_patients", "twin_stems", "write_table"]
 
 pandas, _ = optional_import("pandas")
 
@@ -170,8 +171,13 @@ def _text(cell: Any) -> str:
     return "" if cell is None else str(cell).strip()
 
 
-def _read_rows(path: Path, problems: list[str]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
-    """Header and rows with their line numbers; what does not fit the header is added to ``problems``."""
+def _read_rows(
+    path: Path, problems: list[str], aliases: Mapping[str, str] | None = None
+) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+    """Header and rows with their line numbers; what does not fit the header is added to ``problems``.
+
+    Columns named in ``aliases`` are read under their other name.
+    """
     lines = _cells_of_sheet(path) if path.suffix.lower() in (".xlsx", ".xls") else _cells_of_text(path)
     lines = [(number, cells) for number, cells in lines if any(map(_text, cells))]
     if not lines:
@@ -179,7 +185,7 @@ def _read_rows(path: Path, problems: list[str]) -> tuple[list[str], list[tuple[i
     header = [_text(cell) for cell in lines[0][1]]
     while header and not header[-1]:
         header.pop()  # delimiters at the end of the line
-    header = [name.lower() if name.lower() in RESERVED else name for name in header]
+    header = [name.lower() if name.lower() in RESERVED else (aliases or {}).get(name, name) for name in header]
     rows = []
     for number, cells in lines[1:]:
         while len(cells) > len(header) and not _text(cells[-1]):
@@ -243,6 +249,49 @@ def read_cohort(
     Raises:
         InputError: lists what is wrong with row, column and value.
     """
+    found = examine_table(table, image_dir, classes, check_files)
+    if found.header_problems:
+        raise InputError(f"table {table}:\n  {_listing(found.header_problems, MOST_PROBLEMS, chr(10) + '  ')}")
+    if found.problems:
+        listed = _listing(found.problems, MOST_PROBLEMS, chr(10) + "  ")
+        raise InputError(f"table {table} has {len(found.problems)} problem(s):\n  {listed}")
+    _warn(found.cohort)
+    return found.cohort
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a table says, and what is wrong with it.
+
+    Attributes:
+        cohort: what was understood.
+        raters: names of the raters of each record, in the order of its ``estimates``; empty names where there is no column.
+        header_problems: what is wrong with the columns; rows are then not looked at.
+        problems: what is wrong with rows and files.
+    """
+
+    cohort: Cohort
+    raters: tuple[tuple[str, ...], ...] = ()
+    header_problems: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def examine_table(
+    table: str | Path,
+    image_dir: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    check_files: bool = True,
+    aliases: Mapping[str, str] | None = None,
+) -> Examined:
+    """As :func:`read_cohort`, but tell what is wrong instead of raising it.
+
+    Args:
+        table, image_dir, classes, check_files: as there.
+        aliases: other names of columns, by those of the table.
+
+    Raises:
+        InputError: there is no such table or folder, or nothing in it can be read as one.
+    """
     path = Path(table)
     if not path.is_file():
         raise InputError(f"table {path} does not exist or is a folder; give the path of a CSV file.")
@@ -250,10 +299,10 @@ def read_cohort(
     if check_files and not folder.is_dir():
         raise InputError(f"image folder {folder} does not exist.")
     problems: list[str] = []
-    header, rows = _read_rows(path, problems)
+    header, rows = _read_rows(path, problems, aliases)
     names, header_problems = _class_columns(header, classes)
     if header_problems:  # rows cannot be judged by a wrong header
-        raise InputError(f"table {path}:\n  {_listing(header_problems, MOST_PROBLEMS, chr(10) + '  ')}")
+        return Examined(Cohort(names, (), path), header_problems=tuple(header_problems))
     if not rows and not problems:
         raise InputError(f"table {path} has a header but no rows.")
 
@@ -269,14 +318,11 @@ def read_cohort(
         else:
             seen[name, rater] = line
             groups.setdefault(name, []).append((line, row))
-    records = [_record(name, group, folder, names, problems) for name, group in groups.items()]
+    found = [_record(name, group, folder, names, problems) for name, group in groups.items()]
+    records = tuple(record for record, _ in found)
     if check_files:
         problems += _missing_files(records, folder)
-    if problems:
-        raise InputError(f"table {path} has {len(problems)} problem(s):\n  {_listing(problems, MOST_PROBLEMS, chr(10) + '  ')}")
-    cohort = Cohort(names, tuple(records), path)
-    _warn(cohort)
-    return cohort
+    return Examined(Cohort(names, records, path), tuple(raters for _, raters in found), problems=tuple(problems))
 
 
 def _record(
@@ -285,8 +331,8 @@ def _record(
     folder: Path,
     classes: tuple[str, ...],
     problems: list[str],
-) -> Record:
-    """One image of possibly several rows; what is wrong with it is added to ``problems``."""
+) -> tuple[Record, tuple[str, ...]]:
+    """One image of possibly several rows, and who gave its estimates; what is wrong is added to ``problems``."""
     line, first = group[0]
     for other, row in group[1:]:
         for key in ("split", "patient", "mpp"):
@@ -299,6 +345,7 @@ def _record(
             f"row {line}, column 'split': {split!r} is not one of {', '.join(SPLITS)}.{_did_you_mean(split, SPLITS)}"
         )
     labels: list[ProportionLabel] = []
+    raters: list[str] = []
     understood = True
     for number, row in group:
         try:
@@ -308,6 +355,7 @@ def _record(
             understood = False
         else:
             labels += [] if label is None else [label]
+            raters += [] if label is None else [_text(row.get("rater"))]
     if understood and not labels and split == "train":
         problems.append(
             f"row {line}: training image {name!r} has no proportions. Fill in the classes, or set its split to val or test."
@@ -323,7 +371,8 @@ def _record(
                 f"row {line}, column 'mpp': {written!r} is not a positive number (µm/px); leave it empty if unknown."
             )
     proportions = combine_raters(labels) if labels else None
-    return Record((folder / name).absolute(), split, _text(first.get("patient")), proportions, line, mpp, tuple(labels))
+    record = Record((folder / name).absolute(), split, _text(first.get("patient")), proportions, line, mpp, tuple(labels))
+    return record, tuple(raters)
 
 
 def _missing_files(records: Sequence[Record], folder: Path) -> list[str]:
@@ -340,24 +389,31 @@ def _missing_files(records: Sequence[Record], folder: Path) -> list[str]:
     return [f"{len(missing)} of {len(records)} images are not in {folder}: {_listing(named, MOST_NAMES, '; ')}.{advice}"]
 
 
-def _warn(cohort: Cohort) -> None:
-    """Say what is allowed but often a mistake."""
+def shared_patients(cohort: Cohort) -> list[str]:
+    """Patients with images in ``train`` and in another split."""
     places: dict[str, set[str]] = {}
-    stems: dict[str, int] = {}
     for record in cohort.records:
         if record.patient:
             places.setdefault(record.patient, set()).add(record.split)
-        stems[record.stem] = stems.get(record.stem, 0) + 1
-    shared = sorted(patient for patient, splits in places.items() if "train" in splits and len(splits) > 1)
-    if shared:
+    return sorted(patient for patient, splits in places.items() if "train" in splits and len(splits) > 1)
+
+
+def twin_stems(cohort: Cohort) -> list[str]:
+    """Names without suffix that several images have; their outputs would go to one folder."""
+    counts = Counter(record.stem for record in cohort.records)
+    return sorted(stem for stem, count in counts.items() if count > 1)
+
+
+def _warn(cohort: Cohort) -> None:
+    """Say what is allowed but often a mistake."""
+    if shared := shared_patients(cohort):
         logger.warning(
             "%s: %d patient(s) are in train and in another split, so errors there look too small: %s.",
             cohort.source,
             len(shared),
             _listing(shared, MOST_NAMES, ", "),
         )
-    twins = sorted(stem for stem, count in stems.items() if count > 1)
-    if twins:
+    if twins := twin_stems(cohort):
         logger.warning(
             "%s: images share a name but for folder or suffix, and outputs are named by it: %s.",
             cohort.source,

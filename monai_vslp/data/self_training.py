@@ -65,7 +65,7 @@ class PseudoLabelTokens(Dataset):
         bags: items with ``features`` ``[V, F, h, w]``, ``mass`` ``[1, h, w]`` and ``proportions`` ``[C]``.
         head: the teacher's head: logits ``[V, C, h, w]`` of features ``[V, F, h, w]``.
         alpha: strength of the regularizer, in tokens.
-        trust: :math:`\rho`; inf takes the proportions as they are.
+        trust: :math:`\rho`; inf (or the text ``inf``, for configs) takes the proportions as they are.
         enclosing: class indices that have no holes (:func:`fill_enclosed`): the refined map is filled, the filled tokens
             are taken for nearly certain, and the map is refined again, twice. Empty for no such knowledge.
         largest_hole: tokens of the largest hole that is filled.
@@ -85,7 +85,7 @@ class PseudoLabelTokens(Dataset):
         bags: Sequence[Mapping[str, Any]],
         head: torch.nn.Module,
         alpha: float = 1.0,
-        trust: float = math.inf,
+        trust: float | str = math.inf,
         enclosing: Sequence[int] = (),
         largest_hole: float = 300.0,
         images: int = 16,
@@ -106,7 +106,7 @@ class PseudoLabelTokens(Dataset):
             with torch.no_grad():
                 q = head(item[FEATURES].to(device).float()).softmax(dim=1).mean(dim=0).cpu()
             p = item["proportions"].double().clamp_min(SMALLEST_SHARE)
-            options = {"alpha": alpha, "trust": trust, "tolerance": 1e-3}
+            options = {"alpha": alpha, "trust": float(trust), "tolerance": 1e-3}
             result = refine(q, p / p.sum(), item["mass"][0], **options)
             for _ in range(2 if enclosing else 0):
                 labels = torch.from_numpy(fill_enclosed(result.labels.numpy(), enclosing, largest_hole))

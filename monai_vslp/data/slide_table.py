@@ -125,7 +125,7 @@ def _slide(
     problems: list[str],
 ) -> SlideRecord:
     """One slide of possibly several regions; what is wrong with it is added to ``problems``."""
-    found: dict[str, Record] = {region: _record(name, group, folder, classes, problems) for region, group in regions.items()}
+    found: dict[str, Record] = {region: _record(name, group, folder, classes, problems)[0] for region, group in regions.items()}
     first = next(iter(found.values()))
     for record in found.values():
         for key in ("mpp", "patient"):

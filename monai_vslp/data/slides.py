@@ -416,7 +416,8 @@ def open_slide(path: str | Path, reader: str = "auto", mpp: float | None = None,
         ValueError: there is no such reader or colour.
     """
     path = Path(path)
-    look_up_option(reader, ("auto", *SLIDE_READERS.names))
+    if reader != "auto":
+        SLIDE_READERS.find(reader)
     look_up_option(color, COLORS)
     if not path.exists():
         raise SlideError(f"slide {path} does not exist.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from monai.engines import IterationEvents
+from monai.data import DistributedSampler
+from monai.engines import IterationEvents, SupervisedTrainer
 from monai.utils import optional_import
 
 from monai_vslp.handlers.checkpoint import RunCheckpoint
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
 
 Events, _ = optional_import("ignite.engine", name="Events")
 
-__all__ = ["GradientAverage", "handlers_of_process", "process_device", "share_of_batch", "start_processes"]
+__all__ = [
+    "GradientAverage",
+    "end_processes",
+    "handlers_of_process",
+    "process_device",
+    "process_trainer",
+    "seed_of_process",
+    "share_of_batch",
+    "shared_sampler",
+    "start_processes",
+]
 
 
 def process_device() -> torch.device:
@@ -49,6 +60,12 @@ def start_processes(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def end_processes() -> None:
+    """Part from the other processes, where they were joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share_of_batch(batch_size: int) -> int:
@@ -135,3 +152,30 @@ def handlers_of_process(handlers: Sequence[Any], network: torch.nn.Module) -> li
             handler.show = False  # it still takes part in the mean loss of all
         own.append(handler)
     return own
+
+
+def process_trainer(train_handlers: Sequence[Any] = (), **arguments: Any) -> SupervisedTrainer:
+    """MONAI's trainer with the handlers that this process has, see :func:`handlers_of_process`.
+
+    Args:
+        train_handlers: of a trainer that is alone.
+        **arguments: as of ``SupervisedTrainer``.
+    """
+    return SupervisedTrainer(train_handlers=handlers_of_process(train_handlers, arguments["network"]), **arguments)
+
+
+def seed_of_process(seed: int) -> int:
+    """Seed of draws that the processes share out: another one for each, so that they draw different batches."""
+    return seed * dist.get_world_size() + dist.get_rank()
+
+
+def shared_sampler(dataset: Sized) -> DistributedSampler:
+    """Order of held-out items that the processes share; where there are fewer items than processes, each takes all."""
+    shared = len(dataset) >= dist.get_world_size()
+    return DistributedSampler(
+        dataset,
+        even_divisible=False,
+        num_replicas=dist.get_world_size() if shared else 1,
+        rank=dist.get_rank() if shared else 0,
+        shuffle=False,
+    )

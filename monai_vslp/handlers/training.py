@@ -16,7 +16,7 @@ Events, _ = optional_import("ignite.engine", name="Events")
 Average, _ = optional_import("ignite.metrics", name="Average")
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
-__all__ = ["EpochSeed", "ItemProgress", "TrainingProgress"]
+__all__ = ["EpochSeed", "ItemProgress", "TrainingProgress", "mixed_precision", "run_engine"]
 
 
 class EpochSeed:
@@ -45,7 +45,9 @@ class EpochSeed:
 class TrainingProgress:
     """A bar over epochs with the mean loss of the epoch and the evaluator's key metric.
 
-    Also puts the mean loss of each epoch into ``engine.state.metrics["loss"]``, which checkpoints and trackers read.
+    Also puts the mean loss of each epoch into ``engine.state.metrics["loss"]``, which checkpoints and trackers read, and the
+    output of each iteration into a list of one, as engines that decollate leave it: handlers that MONAI adds to a trainer
+    (``--tracking mlflow``) take the loss of the first entry.
 
     Args:
         evaluator: engine whose key metric is shown; None for none.
@@ -60,9 +62,14 @@ class TrainingProgress:
     def attach(self, engine: Engine) -> None:
         """Register on a trainer of MONAI."""
         Average(output_transform=lambda output: output[CommonKeys.LOSS]).attach(engine, "loss")
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._list_output)
         engine.add_event_handler(Events.EPOCH_STARTED, self._open)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._advance)
         engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED | Events.INTERRUPT, self._close)
+
+    @staticmethod
+    def _list_output(engine: Engine) -> None:
+        engine.state.output = [engine.state.output]
 
     def _open(self, engine: Engine) -> None:
         if self._bar is None:
@@ -108,3 +115,13 @@ class ItemProgress:
 
     def _open(self, engine: Engine) -> None:
         self._bar = tqdm(total=engine.state.epoch_length, desc="segmenting", unit="image", disable=not self.show)
+
+
+def run_engine(engine: Engine) -> None:
+    """Run a trainer or evaluator: a step of ``run`` in a config."""
+    engine.run()
+
+
+def mixed_precision(amp: bool, device: torch.device | str) -> bool:
+    """Whether a trainer scales its loss for mixed precision: where that is asked for, and on a GPU alone."""
+    return bool(amp) and torch.device(device).type == "cuda"

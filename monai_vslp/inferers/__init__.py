@@ -2,6 +2,7 @@
 
 from monai_vslp.inferers.adaptive import AdaptiveTTAInferer, tta_inferer
 from monai_vslp.inferers.bags import BagInferer, ProportionInferer
+from monai_vslp.inferers.confidence import GivenConfidence
 from monai_vslp.inferers.regularizer import RefinementInferer, ReleasedProportions
 from monai_vslp.inferers.slide import SlideConfidence, infer_slide, network_predictor
 from monai_vslp.inferers.slide_maps import SlideMaps
@@ -12,6 +13,7 @@ __all__ = [
     "AdaptiveTTAInferer",
     "BagInferer",
     "Given",
+    "GivenConfidence",
     "ProportionInferer",
     "RefinedMaps",
     "RefinementInferer",

@@ -197,13 +197,14 @@ def _solve(
     """One variational problem into the group at ``output``; its status. ``stores``: the maps as other processes open them."""
     shutil.rmtree(output, ignore_errors=True)
     pixels = math.prod(maps["mass"].shape)
-    learned = refinement.learned is not None and pixels <= LARGEST_LEARNED
+    whole = refinement.learned is not None or refinement.term is not None  # what is not made for maps on disk
+    learned = whole and pixels <= LARGEST_LEARNED
     if learned:
         status = _learned(refinement, maps, given, output)
     else:
-        if refinement.learned is not None:
+        if whole:
             logger.warning(
-                "the maps of this slide have %.3g px; a learned regularizer sees a map as a whole, %.3g px at most, so total "
+                "the maps of this slide have %.3g px; this regularizer sees a map as a whole, %.3g px at most, so total "
                 "variation is used. Coarser maps (--map-downsample) would fit.",
                 *(pixels, LARGEST_LEARNED),
             )
@@ -225,7 +226,10 @@ def _solve(
             )
         )
     listed = None if given.proportions is None else [float(value) for value in given.proportions]
-    return status | {"proportions_given": listed, "regularizer": "learned" if learned else "total variation"}
+    return status | {
+        "proportions_given": listed,
+        "regularizer": (refinement.term or "learned") if learned else "total variation",
+    }
 
 
 def refine_maps(
@@ -363,6 +367,8 @@ def _digest(maps: SlideMaps, refinement: VariationalRefinement, given: Given, re
 
     options = {name: str(value) for name, value in vars(refinement.options).items()}
     described = [maps.plan, refinement.pixel_size, refinement.rule, refinement.own_trust, options, plain(given)]
+    if refinement.term is not None:
+        described.append(refinement.term)
     if refinement.learned is not None:
         state = refinement.learned.model.state_dict()
         described.append([float(value.double().sum()) for value in state.values()])

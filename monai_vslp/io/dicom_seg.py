@@ -43,7 +43,7 @@ TEXT_LENGTH = 64  # characters, of labels and meanings in DICOM
 SPACING_DIFFERENCE = 0.02  # between what source and caller say about the pixel size
 SAMPLE = 2**20  # bytes that are read at the beginning, middle and end of a slide to know it by
 NUMBER_ROWS = 512  # of the map that are numbered at once
-UNKNOWN_THICKNESS = 0.0  # mm, of the section; readers expect a number
+ASSUMED_THICKNESS = 0.004  # mm; sections are cut at 3 to 5 µm, and DICOM asks for a number above 0
 TISSUE, ABNORMAL, SUBSTANCE, STRUCTURE = "Tissue", "MorphologicallyAbnormalStructure", "BodySubstance", "AnatomicalStructure"
 
 #: Category and type of classes with these names, as pydicom's dictionary of SNOMED CT spells its codes.
@@ -188,7 +188,7 @@ def write_dicom_seg(
         software_versions=version,
         device_serial_number="none",
         pixel_measures=highdicom.PixelMeasuresSequence(
-            pixel_spacing=spacing, slice_thickness=measures.get("SliceThickness", UNKNOWN_THICKNESS)
+            pixel_spacing=spacing, slice_thickness=measures.get("SliceThickness", ASSUMED_THICKNESS)
         ),
         tile_pixel_array=True,
         tile_size=(tile, tile),
@@ -391,6 +391,9 @@ def _minimal_slide(known: str, level0_shape: tuple[int, int], level0_mpp: float,
     dataset.ContainerIdentifier = _uid("container", known)
     dataset.SpecimenDescriptionSequence = [specimen := pydicom.Dataset()]
     specimen.SpecimenIdentifier, specimen.SpecimenUID = "unknown", _uid("specimen", known)
+    # Required, and empty where unknown (type 2).
+    dataset.IssuerOfTheContainerIdentifierSequence, dataset.ContainerTypeCodeSequence = [], []
+    specimen.IssuerOfTheSpecimenIdentifierSequence, specimen.SpecimenPreparationSequence = [], []
     dataset.Rows = dataset.Columns = tile
     dataset.NumberOfFrames = math.prod(-(-side // tile) for side in level0_shape)
     dataset.TotalPixelMatrixRows, dataset.TotalPixelMatrixColumns = (int(side) for side in level0_shape)
@@ -400,5 +403,5 @@ def _minimal_slide(known: str, level0_shape: tuple[int, int], level0_mpp: float,
     dataset.TotalPixelMatrixOriginSequence = [origin := pydicom.Dataset()]
     origin.XOffsetInSlideCoordinateSystem = origin.YOffsetInSlideCoordinateSystem = 0.0
     dataset.SharedFunctionalGroupsSequence = [shared := pydicom.Dataset()]
-    shared.PixelMeasuresSequence = highdicom.PixelMeasuresSequence([level0_mpp / 1e3] * 2, UNKNOWN_THICKNESS)
+    shared.PixelMeasuresSequence = highdicom.PixelMeasuresSequence([level0_mpp / 1e3] * 2, ASSUMED_THICKNESS)
     return dataset

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.utils import ComponentStore, look_up_option, optional_import
+from monai.utils import optional_import
 
 from monai_vslp.io.dicom_seg import write_dicom_seg
+from monai_vslp.io.dsa import geojson_to_dsa, write_dsa
 from monai_vslp.io.geojson import labels_to_geojson, write_geojson
 from monai_vslp.io.lazy_maps import Derived, MapLike, read_window
 from monai_vslp.io.ome_tiff import to_uint8, write_ome_tiff
@@ -26,6 +27,7 @@ from monai_vslp.io.viewer import VIEWER_FOLDER, write_viewer
 from monai_vslp.transforms.overlay import LabelOverlay
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError
+from monai_vslp.utils.plugins import PluginStore
 from monai_vslp.variational.outofcore import NO_TISSUE
 from monai_vslp.variational.windows import Window, split_windows
 
@@ -38,7 +40,7 @@ BLOCK = 1024  # px, side of the windows of a pass over the maps; the same for an
 SMALLEST_POLYGON = 64  # px², regions of labels below it are left out of the polygons
 DEFAULT_FORMATS = ("ome_tiff", "geojson", "table")
 SLIDE_FORMATS = (*DEFAULT_FORMATS, "viewer")
-WRITERS = ComponentStore(
+WRITERS = PluginStore(
     "output writers",
     "Functions writer(folder, output) that write a SegmentationOutput into a folder in some format and return the paths of the "
     "files and folders they wrote; add your own and name it in the formats of write_output.",
@@ -285,9 +287,8 @@ def _write_maps(folder: Path, output: SegmentationOutput) -> list[Path]:
     return paths
 
 
-@WRITERS.add_def("geojson", "labels as polygons for QuPath")
-def _write_polygons(folder: Path, output: SegmentationOutput) -> list[Path]:
-    polygons = labels_to_geojson(
+def _polygons(output: SegmentationOutput) -> dict[str, Any]:
+    return labels_to_geojson(
         output.label_map,
         classes=list(output.classes),
         colors=output.colors,
@@ -296,7 +297,18 @@ def _write_polygons(folder: Path, output: SegmentationOutput) -> list[Path]:
         min_area=SMALLEST_POLYGON,
         tolerance_um=output.tolerance_um,
     )
-    return [write_geojson(folder / "segmentation.geojson", polygons)]
+
+
+@WRITERS.add_def("geojson", "labels as polygons for QuPath")
+def _write_polygons(folder: Path, output: SegmentationOutput) -> list[Path]:
+    return [write_geojson(folder / "segmentation.geojson", _polygons(output))]
+
+
+@WRITERS.add_def("dsa", "labels as an annotation for the Digital Slide Archive")
+def _write_annotation(folder: Path, output: SegmentationOutput) -> list[Path]:
+    attributes = {"proportions": output.summary["proportions"]}
+    annotation = geojson_to_dsa(_polygons(output), output.name, description="monai_vslp", attributes=attributes)
+    return [write_dsa(folder / "annotation.json", annotation)]
 
 
 @WRITERS.add_def("table", "proportions as CSV and JSON")
@@ -406,9 +418,7 @@ def write_output(folder: str | Path, output: SegmentationOutput, formats: Sequen
         OSError: the disk is full or not writable; files already there are whole.
     """
     folder = Path(folder)
-    writers: list[Callable[[Path, SegmentationOutput], list[Path]]] = [
-        WRITERS[look_up_option(name, WRITERS.names)] for name in formats
-    ]
+    writers: list[Callable[[Path, SegmentationOutput], list[Path]]] = [WRITERS.find(name) for name in formats]
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for name, writer in zip(formats, writers):

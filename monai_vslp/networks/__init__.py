@@ -14,9 +14,17 @@ from monai_vslp.networks.calibration import calibrate_network, fit_calibration, 
 from monai_vslp.networks.confidence import ConfidenceNet, pool_proportions, token_mass
 from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
 from monai_vslp.networks.hub import open_backbone
+from monai_vslp.networks.placing import (
+    group_rates,
+    load_checkpoint,
+    parameters_of,
+    place_network,
+    tokens_of_area,
+)
 from monai_vslp.networks.projection import fit_projection
 from monai_vslp.networks.schedule import HeadFirst, parameter_groups
-from monai_vslp.networks.tta import SYMMETRIES, TTA_GROUPS, TTAConfidence, training_views
+from monai_vslp.networks.start import load_start
+from monai_vslp.networks.tta import SYMMETRIES, TTA_GROUPS, TTAConfidence, training_views, tta_views
 
 __all__ = [
     "SYMMETRIES",
@@ -37,16 +45,23 @@ __all__ = [
     "fit_calibration",
     "fit_clusters",
     "fit_projection",
+    "group_rates",
     "load_adapters",
+    "load_checkpoint",
+    "load_start",
     "load_weights",
     "mark_background",
     "merge_lora",
     "merged_state_dict",
     "open_backbone",
     "parameter_groups",
+    "parameters_of",
+    "place_network",
     "pool_proportions",
     "prior_shift",
     "token_mass",
+    "tokens_of_area",
     "trainable_parameters",
     "training_views",
+    "tta_views",
 ]

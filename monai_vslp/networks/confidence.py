@@ -277,7 +277,7 @@ class ConfidenceNet(nn.Module):
         return self._tokens(x)
 
     def _windowed(self, x: torch.Tensor) -> torch.Tensor:
-        batch, _, height, width = x.shape
+        batch, _, height, width = (int(side) for side in x.shape)  # torch.jit.trace gives tensors, which cannot be rounded
         if self.window is None or (height <= self.window and width <= self.window):
             return self._backbone_tokens(x)
         # An input narrower than a window is seen in windows of its own width.

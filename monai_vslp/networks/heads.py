@@ -53,9 +53,17 @@ def neighbourhood_mean(x: torch.Tensor, edge: int) -> torch.Tensor:
     """
     if edge == 1:
         return x
-    half = edge // 2  # rows, then columns: the mean over a square is that of means over lines, cut off at the border or not
-    x = F.avg_pool2d(x, (edge, 1), 1, (half, 0), count_include_pad=False)
-    return F.avg_pool2d(x, (1, edge), 1, (0, half), count_include_pad=False)
+    # Rows, then columns: the mean over a square is that of means over lines, cut off at the border or not. As products with
+    # matrices they cost little beside what made the features, and far less than pooling where gradients are wanted.
+    rows, columns = (_line_means(side, edge, x) for side in x.shape[-2:])
+    return rows @ x @ columns.T
+
+
+def _line_means(length: int, edge: int, like: torch.Tensor) -> torch.Tensor:
+    """Matrix ``[length, length]`` of means over ``edge`` tokens of a line."""
+    at = torch.arange(length, device=like.device)
+    near = (at[:, None] - at).abs() <= edge // 2
+    return near.to(like.dtype) / near.sum(dim=1, keepdim=True)
 
 
 class AdditiveHead(nn.Module):

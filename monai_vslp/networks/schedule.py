@@ -19,7 +19,11 @@ __all__ = ["HeadFirst", "parameter_groups"]
 
 
 def parameter_groups(
-    network: nn.Module, learning_rate: float, weight_decay: float = 0.01, layer_decay: float = 1.0
+    network: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    layer_decay: float = 1.0,
+    head_first: bool = False,
 ) -> list[dict[str, Any]]:
     r"""Parameters of a network for an optimizer, with a learning rate per layer of the backbone [1]_,
 
@@ -36,6 +40,7 @@ def parameter_groups(
         learning_rate: :math:`\eta`, larger than 0.
         weight_decay: at least 0.
         layer_decay: :math:`d` in (0, 1]; 1 for one rate. 0.65 to 0.9 is usual for pre-trained transformers.
+        head_first: from the head to the input, for schedules that report the rate of the first group.
 
     Returns:
         Groups with ``params``, ``lr`` and ``weight_decay``, from the input to the head; each trained parameter is in one.
@@ -69,7 +74,7 @@ def parameter_groups(
     groups += [{**group, "lr": learning_rate} for group in param_groups_weight_decay(rest, weight_decay)]
     if not groups:
         raise InputError("all parameters of the network are frozen: there is nothing to train.")
-    return groups
+    return groups[::-1] if head_first else groups
 
 
 class HeadFirst:

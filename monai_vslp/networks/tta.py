@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from monai.utils import ComponentStore, look_up_option
+from monai.utils import look_up_option
 
 from monai_vslp.utils.errors import InputError
+from monai_vslp.utils.plugins import PluginStore
 
 __all__ = [
     "SYMMETRIES",
@@ -25,6 +26,7 @@ __all__ = [
     "View",
     "jitter_stain",
     "training_views",
+    "tta_views",
 ]
 
 # Absorbance of haematoxylin, eosin and a residual in R, G, B (rows of unit length): Ruifrok and Johnston, "Quantification
@@ -152,7 +154,7 @@ class Chain:
         return predict(x)
 
 
-TTA_GROUPS = ComponentStore("TTA groups", "Named lists of views; each is a function of the network's stride in px.")
+TTA_GROUPS = PluginStore("TTA groups", "Named lists of views; each is a function of the network's stride in px.")
 
 
 @TTA_GROUPS.add_def("none", "the image as it is")
@@ -188,6 +190,19 @@ def _full(stride: int) -> list[View]:
     return [*_shifted_symmetries(stride), Scale(0.8), Scale(1.25), *stains]
 
 
+def tta_views(group: str = "none", stride: int = 16) -> list[View]:
+    """Views of a group by name.
+
+    Args:
+        group: a name in :data:`TTA_GROUPS`; ``none`` for the image as it is.
+        stride: px per token of the network.
+
+    Raises:
+        ValueError: an unknown group; names the nearest.
+    """
+    return TTA_GROUPS.find(group)(stride)
+
+
 def training_views(seed: int = 0, count: int = 6) -> list[View]:
     """The identity, then random symmetries with changed stain: views whose features are cached for training."""
     order = torch.randperm(len(SYMMETRIES) - 1, generator=torch.Generator().manual_seed(seed))[: count - 1].tolist()
@@ -221,7 +236,7 @@ class TTAConfidence:
         softmax: bool = True,
     ) -> None:
         self.output = look_up_option(output, ("mean", "spread", "mean_spread", "stack"))
-        self.views = TTA_GROUPS[look_up_option(views, TTA_GROUPS.names)](stride) if isinstance(views, str) else list(views)
+        self.views = tta_views(views, stride) if isinstance(views, str) else list(views)
         if not self.views:
             raise InputError("test-time augmentation needs at least one view; the group 'none' is the image as it is.")
         self.softmax = softmax

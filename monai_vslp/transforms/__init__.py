@@ -1,5 +1,6 @@
 """MONAI transforms of this project: array and dictionary pairs."""
 
+from monai_vslp.transforms.confidence import *  # noqa: F403
 from monai_vslp.transforms.crf import *  # noqa: F403
 from monai_vslp.transforms.image import *  # noqa: F403
 from monai_vslp.transforms.labels import *  # noqa: F403

@@ -15,9 +15,11 @@ from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tenso
 
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational import (
+    REGULARIZERS,
     LearnedRefinement,
     RefinementOptions,
     RefinementResult,
+    UnrolledRefinement,
     refine,
     trust_from_spread,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "VariationalRefinementD",
     "VariationalRefinementDict",
     "VariationalRefinementd",
+    "named_regularizer",
 ]
 
 TRUST_RULES = ("raters", "bounds")
@@ -40,11 +43,13 @@ class VariationalRefinement(Transform):
         pixel_size: edge of a map pixel in the unit in which ``alpha`` is given, for instance 4 for a map at a quarter
             of the resolution. A boundary of a given length crosses fewer, larger pixels on a coarse map, so ``alpha``
             is divided by ``pixel_size``.
-        regularizer: folder of a regularizer that ``monai-vslp train-regularizer`` left; None for total variation. Of the
+        regularizer: folder of a regularizer that ``monai-vslp train-regularizer`` left, or the object itself; a name in
+            :data:`~monai_vslp.variational.REGULARIZERS`; None for total variation. Of the
             options a trained one uses ``trust`` and ``epsilon`` alone: it has learned the others.
-        trust: ρ, a number; or ``raters``: what the raters' disagreement warrants
-            (:func:`~monai_vslp.variational.trust_from_spread`), ``SINGLE_RATER_TRUST`` for a single rater; or ``bounds``: no
-            estimate is trusted, but the result stays within the ranges that were written (or that several raters span).
+        trust: ρ, a number (the text ``inf`` in configs: proportions are met exactly); or ``raters``: what the raters'
+            disagreement warrants (:func:`~monai_vslp.variational.trust_from_spread`), ``SINGLE_RATER_TRUST`` for one rater; or
+            ``bounds``: no estimate is trusted, but the result stays within the ranges that were written (or that several
+            raters span).
         own_trust: ρ of the network's own proportions where none are given; 0 leaves them free.
         **options: fields of :class:`monai_vslp.variational.RefinementOptions`; ``alpha`` is in pixels of size 1.
 
@@ -57,20 +62,29 @@ class VariationalRefinement(Transform):
     def __init__(
         self,
         pixel_size: float = 1.0,
-        regularizer: str | Path | None = None,
+        regularizer: str | Path | LearnedRefinement | None = None,
         trust: float | str = math.inf,
         own_trust: float = 0.0,
         **options: Any,
     ) -> None:
+        if trust == "inf":  # JSON has no infinity
+            trust = math.inf
         if isinstance(trust, str) and trust not in TRUST_RULES:
-            raise InputError(f"trust is a positive number or one of {', '.join(TRUST_RULES)}, got {trust!r}.")
+            raise InputError(f"trust is a positive number, 'inf' or one of {', '.join(TRUST_RULES)}, got {trust!r}.")
         if not 0 <= own_trust < math.inf:
             raise InputError(f"own_trust must be finite and at least 0, got {own_trust}.")
         self.rule = trust if isinstance(trust, str) else None
         self.own_trust = own_trust
         self.options = RefinementOptions(trust=math.inf if self.rule else trust, **options)
         self.pixel_size = pixel_size
-        self.learned = None if regularizer is None else LearnedRefinement.load(regularizer)
+        self.learned: LearnedRefinement | None = None
+        self.term: str | None = None
+        if isinstance(regularizer, LearnedRefinement):
+            self.learned = regularizer
+        elif isinstance(regularizer, str) and regularizer.isidentifier() and regularizer in REGULARIZERS:
+            self.term = None if regularizer == "total_variation" else regularizer
+        elif regularizer is not None:
+            self.learned = LearnedRefinement.load(regularizer)
 
     def __call__(
         self,
@@ -119,7 +133,7 @@ class VariationalRefinement(Transform):
                 pixel_size=self.pixel_size,
                 epsilon=self.options.epsilon,
             )
-        return refine(q, given, mass, image, bounds=limits, **asdict(self.options_for(trust)))
+        return refine(q, given, mass, image, bounds=limits, regularizer=self.term, **asdict(self.options_for(trust)))
 
     def options_for(self, trust: float) -> RefinementOptions:
         """Options of the variational problem on maps of ``pixel_size``, with another trust."""
@@ -163,6 +177,24 @@ class VariationalRefinement(Transform):
         return given, trust, limits
 
 
+def named_regularizer(
+    name: str | None, network: UnrolledRefinement | None = None, cell: int = 4
+) -> str | LearnedRefinement | None:
+    """The ``regularizer`` of :class:`VariationalRefinement` by a name in a config.
+
+    Args:
+        name: ``learned`` for ``network``; ``tv`` or None for total variation; else a name in
+            :data:`~monai_vslp.variational.REGULARIZERS`, or a folder.
+        network: trained steps.
+        cell: edge of a cell that they were trained at, px.
+    """
+    if name == "learned":
+        if network is None:
+            raise InputError("the regularizer 'learned' needs a trained network; there is none here.")
+        return LearnedRefinement(network, cell)
+    return None if name == "tv" else name
+
+
 class VariationalRefinementd(MapTransform):
     """Dictionary twin of :class:`VariationalRefinement`.
 
@@ -195,7 +227,7 @@ class VariationalRefinementd(MapTransform):
         mass_key: str = "mass",
         image_key: str | None = None,
         pixel_size: float = 1.0,
-        regularizer: str | Path | None = None,
+        regularizer: str | Path | LearnedRefinement | None = None,
         allow_missing_keys: bool = False,
         **options: Any,
     ) -> None:

@@ -21,6 +21,7 @@ from monai_vslp.variational.marginal import (
     Wasserstein,
     trust_from_spread,
 )
+from monai_vslp.variational.network import RefinementNetwork
 from monai_vslp.variational.outofcore import StoreResult, refine_store
 from monai_vslp.variational.potential import FIDELITIES, REGULARIZERS, Potential, WeightedSum
 from monai_vslp.variational.refine import RefinementOptions, RefinementResult, refine, refine_all
@@ -28,7 +29,7 @@ from monai_vslp.variational.regularizer import HuberTotalVariation, image_edge_w
 from monai_vslp.variational.solver import Problem, Solution, Step, StoppingRule, minimize
 from monai_vslp.variational.tdv import DeepVariationPotential, TotalDeepVariation, convert_published_state_dict
 from monai_vslp.variational.transport import TransportResult, solve_transport, transport_plan
-from monai_vslp.variational.unrolled import UnrolledRefinement, UnrolledResult
+from monai_vslp.variational.unrolled import UnrolledRefinement, UnrolledResult, regularizer_groups
 from monai_vslp.variational.wasserstein import ground_metric, simplex_wasserstein
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "MarginalSum",
     "Potential",
     "Problem",
+    "RefinementNetwork",
     "RefinementOptions",
     "RefinementResult",
     "Solution",
@@ -73,6 +75,7 @@ __all__ = [
     "refine",
     "refine_all",
     "refine_store",
+    "regularizer_groups",
     "simplex_wasserstein",
     "solve_transport",
     "spread_weights",

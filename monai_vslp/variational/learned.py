@@ -113,7 +113,7 @@ class LearnedRefinement:
         p = None if proportions is None else torch.as_tensor(proportions, dtype=torch.float64, device=q.device)
         weights = next(self.model.parameters())
         with torch.no_grad():
-            found = self.model(
+            found = self.model.unroll(
                 coarse[None].to(weights),
                 None if p is None else p[None].to(weights),
                 trust,

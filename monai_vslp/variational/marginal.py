@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from monai.utils import ComponentStore
 
 from monai_vslp.utils.errors import ProportionError
+from monai_vslp.utils.plugins import PluginStore
 from monai_vslp.variational.wasserstein import entropic_conjugate, entropic_wasserstein, ground_metric
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "trust_from_spread",
 ]
 
-MARGINALS = ComponentStore("marginal terms", "What given proportions demand of a segmentation's proportions.")
+MARGINALS = PluginStore("marginal terms", "What given proportions demand of a segmentation's proportions.")
 
 
 class Marginal(Protocol):

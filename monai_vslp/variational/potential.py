@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from monai.utils import ComponentStore
 
 from monai_vslp.utils.errors import InputError
+from monai_vslp.utils.plugins import PluginStore
 from monai_vslp.variational.windows import Window
 
 __all__ = ["FIDELITIES", "REGULARIZERS", "Potential", "WeightedSum"]
 
-FIDELITIES = ComponentStore("fidelities", "How well a segmentation agrees with the confidences; potentials.")
-REGULARIZERS = ComponentStore("regularizers", "What makes a segmentation plausible; potentials.")
+FIDELITIES = PluginStore("fidelities", "How well a segmentation agrees with the confidences; potentials.")
+REGULARIZERS = PluginStore("regularizers", "What makes a segmentation plausible; potentials.")
 
 
 class Potential(Protocol):

@@ -10,10 +10,9 @@ import torch
 
 from monai_vslp.utils.errors import InputError, ProportionError
 from monai_vslp.variational.fidelity import AssignmentFidelity, assignment_cost
-from monai_vslp.variational.fusion import FusionFidelity
 from monai_vslp.variational.levels import Level, solve_levels
 from monai_vslp.variational.marginal import Interval, KullbackLeibler, Marginal, MarginalSum, Wasserstein
-from monai_vslp.variational.potential import Potential
+from monai_vslp.variational.potential import FIDELITIES, REGULARIZERS, Potential
 from monai_vslp.variational.regularizer import image_edge_weight
 from monai_vslp.variational.solver import Step, StoppingRule
 from monai_vslp.variational.tdv import DeepVariationPotential, TotalDeepVariation
@@ -42,6 +41,8 @@ class RefinementOptions:
         histogram_weight: :math:`\lambda_c \ge 0`, weight of the Wasserstein distance between proportions, which comes on
             top of a finite ``trust`` and replaces an infinite one.
         metric: ground metric G of both, ``discrete`` or ``ordinal``.
+        fidelity: name in :data:`~monai_vslp.variational.FIDELITIES` of what ``fusion_weight`` weighs; one of another package
+            gets the confidence as a stack of one view where there is no stack.
     """
 
     trust: float = math.inf
@@ -58,6 +59,7 @@ class RefinementOptions:
     fusion_weight: float = 0.0
     histogram_weight: float = 0.0
     metric: str = "discrete"
+    fidelity: str = "fusion"
 
     def __post_init__(self) -> None:
         for name in ("trust", "epsilon", "delta", "huber", "tolerance", "marginal_tolerance"):
@@ -150,7 +152,8 @@ def _refine_one(
     mass: torch.Tensor,
     image: torch.Tensor | None,
     stack: torch.Tensor | None,
-    network: TotalDeepVariation | None,
+    unary: torch.Tensor | None,
+    network: TotalDeepVariation | str | None,
     options: RefinementOptions,
     start: torch.Tensor | None,
     on_step: Callable[[Step], bool | None] | None,
@@ -168,15 +171,20 @@ def _refine_one(
     active = torch.ones(classes, dtype=torch.bool) if marginal is None else marginal.active
     everything = bool(active.all())
     cost = options.fidelity_weight * assignment_cost(confidence, options.delta)
+    if unary is not None:
+        cost = cost + unary
     weight = None
-    if image is not None and options.alpha > 0 and options.edge_strength > 0 and network is None:
+    term = network if isinstance(network, str) else None
+    if image is not None and options.alpha > 0 and options.edge_strength > 0 and (network is None or term is not None):
         weight = image_edge_weight(image, options.edge_strength).to(confidence)
     others: list[tuple[float, Potential]] = []
-    if network is not None and options.alpha > 0:
+    if term is not None and options.alpha > 0:
+        others.append((options.alpha, REGULARIZERS.find(term)(share, weight)))
+    elif network is not None and options.alpha > 0:
         seen = None if not network.image_channels else image
         others.append((options.alpha, DeepVariationPotential(network, share, seen)))
     if stack is not None and options.fusion_weight > 0:
-        others.append((options.fusion_weight, FusionFidelity(stack, share, metric=options.metric)))
+        others.append((options.fusion_weight, FIDELITIES.find(options.fidelity)(stack, share, metric=options.metric)))
     if not everything:
         others = [(factor, _Embedded(term, active)) for factor, term in others]
     level = Level(cost if everything else cost[active], share, weight)
@@ -277,7 +285,8 @@ def refine(
     *,
     bounds: tuple[Sequence[float], Sequence[float]] | None = None,
     stack: torch.Tensor | None = None,
-    regularizer: TotalDeepVariation | None = None,
+    unary: torch.Tensor | None = None,
+    regularizer: TotalDeepVariation | str | None = None,
     start: torch.Tensor | None = None,
     on_step: Callable[[Step], bool | None] | None = None,
     **options: float | int | bool | str,
@@ -303,7 +312,11 @@ def refine(
             learned regularizer that sees images.
         bounds: lower and upper fractions per class, each of shape ``[C]`` or ``[B, C]``, instead of ``proportions``.
         stack: confidences of the single views, shape ``[A, C, H, W]`` or ``[B, A, C, H, W]``, for ``fusion_weight`` > 0.
-        regularizer: a trained network instead of total variation; solved on one grid.
+        unary: costs of classes beside those of the confidences, in nats, shape of ``confidence``, finite; what a person painted
+            costs much in all other classes, for instance. Part of the fidelity, whatever its weight, and of its energy.
+        regularizer: a trained network instead of total variation; or a name in
+            :data:`~monai_vslp.variational.REGULARIZERS`, of a part that is made by ``part(mass, weight)`` (``[H, W]`` each, the
+            weight of the image's edges or None). Both are solved on one grid.
         start: a segmentation to start from, shape of ``confidence``, such as that of other proportions.
         on_step: called with a :class:`~monai_vslp.variational.solver.Step` after each step; returning False stops there,
             with what has been found.
@@ -323,6 +336,12 @@ def refine(
         True
     """
     settings = refinement_options(options)
+    if regularizer == "total_variation":
+        regularizer = None
+    elif regularizer == "total_deep_variation":
+        raise InputError(
+            "refine: total_deep_variation needs a trained network; pass it, or the folder of one to the transform."
+        )
     _check_confidence(confidence)
     batched = confidence.ndim == 4
     q = confidence if batched else confidence[None]
@@ -345,10 +364,16 @@ def refine(
         image = _broadcast(image, (batch, None, height, width), "image", q)
     if stack is not None:
         stack = _broadcast(stack, (batch, None, classes, height, width), "stack", q).to(q)
+    elif settings.fusion_weight > 0 and settings.fidelity != "fusion":
+        stack = q[:, None]
     elif settings.fusion_weight > 0:
         raise InputError(
             "refine: fusion_weight needs the stack of views; pass stack=[A, C, H, W] (TTAConfidence(output='stack'))."
         )
+    if unary is not None:
+        unary = _broadcast(unary, (batch, classes, height, width), "unary", q).to(q)
+        if not bool(torch.isfinite(unary).all()):
+            raise InputError("refine: unary costs must be finite; 20 nats rule a class out.")
     if start is not None:
         start = _broadcast(start, (batch, classes, height, width), "start", q).to(q).clamp_min(1e-12).log()
     results = [
@@ -358,6 +383,7 @@ def refine(
             mass[i],
             None if image is None else image[i],
             None if stack is None else stack[i],
+            None if unary is None else unary[i],
             regularizer,
             settings,
             None if start is None else start[i],

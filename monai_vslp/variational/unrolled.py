@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from monai_vslp.utils.errors import InputError
 from monai_vslp.variational.implicit import implicit_offsets
 from monai_vslp.variational.tdv import TotalDeepVariation
 
-__all__ = ["UnrolledRefinement", "UnrolledResult"]
+__all__ = ["UnrolledRefinement", "UnrolledResult", "regularizer_groups"]
 
 LOG_FLOOR = -30.0  # log u is held above it: in float32 e^-30 is 0 beside 1, and differences stay finite
 TRUST_SCALE = 3.0  # ρ at which learned scalars are halfway between those of a constraint and those without proportions
@@ -100,7 +101,7 @@ class UnrolledRefinement(nn.Module):
         time, alpha, weight, epsilon = (logs + self.trust_slopes[:4] * (TRUST_SCALE / (TRUST_SCALE + trust))).exp().unbind()
         return time, alpha, weight, epsilon, trust * self.trust_slopes[4].exp()
 
-    def forward(
+    def unroll(
         self,
         confidence: torch.Tensor,
         proportions: torch.Tensor | None = None,
@@ -161,3 +162,24 @@ class UnrolledRefinement(nn.Module):
             energy = self.regularizer(point * tissue[:, None], image) * tissue
             (gradient,) = torch.autograd.grad(energy.sum(), point, create_graph=recording)
         return (gradient, energy) if recording else (gradient.detach(), energy.detach())
+
+    def forward(self, *args: Any, **kwargs: Any) -> UnrolledResult:
+        """As :meth:`unroll`."""
+        return self.unroll(*args, **kwargs)
+
+
+def regularizer_groups(network: UnrolledRefinement, regularizer_rate: float, scalar_rate: float) -> list[dict[str, Any]]:
+    """Parameters for an optimizer: those of the regularizer, then the numbers of the steps, which learn at another rate.
+
+    Args:
+        network: the steps with their regularizer.
+        regularizer_rate, scalar_rate: learning rates.
+
+    Returns:
+        Two groups with ``params`` and ``lr``.
+    """
+    scalars = [network.log_time, network.log_alpha, network.log_weight, network.log_epsilon, network.trust_slopes]
+    return [
+        {"params": list(network.regularizer.parameters()), "lr": regularizer_rate},
+        {"params": scalars, "lr": scalar_rate},
+    ]

@@ -33,7 +33,7 @@ from monai_vslp.data.cohort import SPLITS, Cohort, read_cohort
 from monai_vslp.data.folds import assign_folds, patient_of
 from monai_vslp.data.images import check_images, image_size
 from monai_vslp.data.slides import is_slide
-from monai_vslp.handlers.tracking import MLflowTracker
+from monai_vslp.handlers.tracked_run import TrackedRun
 from monai_vslp.io.benchmark_tables import NONE, Row, aggregate, plot, write_csv, write_markdown
 from monai_vslp.networks.tta import TTA_GROUPS
 from monai_vslp.transforms.refinement import TRUST_RULES
@@ -736,31 +736,19 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict[
 # ---- tracking -----------------------------------------------------------------------------------------------------------
 
 
-class _Tracking(MLflowTracker):
-    """The parent run of a benchmark and one nested run per task; what fails here stops tracking, not the benchmark."""
-
-    def task(self, task: Task, scores: Mapping[str, Any] | None, reason: str) -> None:
-        """Log a finished task."""
-        if self._broken:
-            return
-        nested = _Tracking(task.folder, self.uri, self.experiment, task.name)
-        parts = {key: getattr(task, key) for key in ("data", "noise", "method", "seed", "title", "segment")}
-        more = {"train": task.train or {}, "fit": task.fit or {}, "regularizer": task.regularizer or {}}
-        nested.begin({**parts, **more, "given": list(task.given)}, self.run_id)
-        if scores is not None:
-            for row in aggregate([scores]):
-                metrics = {f"{row.given}/{row.map}/{name}": s.mean for name, s in row.values.items() if s.mean is not None}
-                nested._try(nested._log_metrics, metrics, 0)
-        else:
-            nested._try(lambda: nested._client.set_tag(nested.run_id, "reason", reason[:500]))
-        nested._try(nested._close, "FAILED" if scores is None else "FINISHED")
-        self._broken = nested._broken
-
-    def finish(self, files: Sequence[Path], status: str) -> None:
-        for path in files:
-            if path.is_file():
-                self._try(self._log_file, path, "benchmark")
-        self._try(self._close, status)
+def _track_task(parent: TrackedRun, task: Task, scores: Mapping[str, Any] | None, reason: str) -> None:
+    """Log a finished task as a run nested under that of the benchmark."""
+    nested = TrackedRun(task.folder, parent.uri, EXPERIMENT, task.name, parent.run_id)
+    nested.open()
+    parts = {key: getattr(task, key) for key in ("data", "noise", "method", "seed", "title", "segment")}
+    more = {"train": task.train or {}, "fit": task.fit or {}, "regularizer": task.regularizer or {}}
+    nested.parameters({**parts, **more, "given": list(task.given)})
+    if scores is None:
+        nested.tag("reason", reason)
+    else:
+        for row in aggregate([scores]):
+            nested.metrics({f"{row.given}/{row.map}/{name}": s.mean for name, s in row.values.items() if s.mean is not None})
+    nested.close("FAILED" if scores is None else "FINISHED")
 
 
 # ---- the whole ----------------------------------------------------------------------------------------------------------
@@ -887,8 +875,9 @@ def run_benchmark(
     logger.info("%d tasks, %d of them to be done.", len(chosen), len(todo))
     tracking = None
     if values.get("tracking"):
-        tracking = _Tracking(output, values["tracking"] if isinstance(values["tracking"], str) else None, EXPERIMENT)
-        tracking.begin({key: values[key] for key in ("noise", "seeds", "methods", "shared") if key in values})
+        tracking = TrackedRun(output, values["tracking"] if isinstance(values["tracking"], str) else None, EXPERIMENT)
+        tracking.open()
+        tracking.parameters({key: values[key] for key in ("noise", "seeds", "methods", "shared") if key in values})
     results = _in_turn(todo, progress) if jobs == 1 else _in_parallel(todo, jobs)
     status = "FAILED"
     try:
@@ -902,14 +891,16 @@ def run_benchmark(
                     logger.info("[%d/%d] %s: %s", number, len(todo), task.name, _short(scores))
                 _write_failures(output / FAILED, failures)
                 if tracking is not None:
-                    tracking.task(task, scores, reason)
+                    _track_task(tracking, task, scores, reason)
         status = "FINISHED"
     finally:
         _write_failures(output / FAILED, failures)
         _tables(tasks, output)
         if tracking is not None:
-            names = (TABLE_NAME, "benchmark.csv", "benchmark.png", FAILED, "config.json")
-            tracking.finish([output / name for name in names], status)
+            for path in (output / name for name in (TABLE_NAME, "benchmark.csv", "benchmark.png", FAILED, "config.json")):
+                if path.is_file():
+                    tracking.file(path, "benchmark")
+            tracking.close(status)
     return output / TABLE_NAME
 
 

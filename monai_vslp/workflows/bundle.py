@@ -16,19 +16,24 @@ import monai_vslp
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["BUNDLE", "create_run", "read_config", "run_config", "template"]
+__all__ = ["BUNDLE", "create_run", "plain_metadata", "read_config", "run_config", "template", "tracking_settings"]
 
 BUNDLE = "pathology_tissue_proportion_segmentation"
 CONFIGS = (
     "train.json",
     "train_head.json",
+    "finetune.json",
     "multi_gpu_train.json",
     "self_training.json",
     "train_regularizer.json",
     "inference.json",
     "slide_inference.json",
     "evaluate.json",
+    "tracking.json",
 )
+# What the template says of the weights it ships does not hold for a run, whatever its values leave out.
+PLAIN: dict[str, Any] = {"backbone_kwargs": {}, "blocks": None, "window": 224, "mean": None, "std": None, "colors": None}
+TRACKING = "tracking.json"  # settings for MONAI's option --tracking
 
 
 def template() -> Path:
@@ -64,22 +69,29 @@ def create_run(run: Path, values: Mapping[str, Any], classes: Sequence[str]) -> 
         classes: class names, for the metadata.
     """
     source = template()
-    for name in ("LICENSE", "docs"):
-        origin = source / name
-        if origin.is_dir():
-            shutil.copytree(origin, run / name, dirs_exist_ok=True)
-        else:
-            run.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin, run / name)
+    for origin, copy in (
+        ("LICENSE", "LICENSE"),
+        ("docs/run.md", "docs/README.md"),
+        ("configs/logging.conf", "configs/logging.conf"),
+    ):
+        (run / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / origin, run / copy)
     for name in CONFIGS:
         config = read_config(source, name)
-        config.update({key: value for key, value in values.items() if key in config})
+        config.update({key: value for key, value in (PLAIN | dict(values)).items() if key in config})
         write_json(run / "configs" / name, config)
-    metadata = read_config(source, "metadata.json")
+    metadata = plain_metadata()
     output = metadata["network_data_format"]["outputs"]["pred"]
     output["num_channels"] = len(classes)
     output["channel_def"] = {str(i): name for i, name in enumerate(classes)}
     write_json(run / "configs" / "metadata.json", metadata)
+
+
+def plain_metadata() -> dict[str, Any]:
+    """The template's metadata without what it says of the weights that it ships."""
+    metadata = read_config(template(), "metadata.json")
+    metadata.pop("weights", None)
+    return metadata | {"eval_metrics": {}, "data_source": "the user's own cohort"}
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -89,8 +101,20 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def run_config(run: Path, name: str | Sequence[str], /, **overrides: Any) -> Any:
+def tracking_settings(run: Path) -> Path:
+    """Settings for MONAI's option ``--tracking``: those of a bundle folder, or the template's where it has none."""
+    own = run / "configs" / TRACKING
+    return own if own.is_file() else template() / "configs" / TRACKING
+
+
+def run_config(run: Path, name: str | Sequence[str], /, track: bool = False, **overrides: Any) -> Any:
     """Run a config of a bundle folder, or one with overlays, as ``python -m monai.bundle run`` does, in this process.
+
+    Args:
+        run: bundle folder.
+        name: of the config, or of several, the first with overlays behind it.
+        track: track a training in MLflow, with the settings of the bundle folder.
+        **overrides: values of the config, by their ids.
 
     Raises:
         InputError, OSError: as the parts raised them, without MONAI's wrapping.
@@ -103,6 +127,7 @@ def run_config(run: Path, name: str | Sequence[str], /, **overrides: Any) -> Any
             config_file=[str(run / "configs" / one) for one in names],
             meta_file=str(run / "configs" / "metadata.json"),
             logging_file=False,
+            tracking=str(tracking_settings(run)) if track else None,
             workflow_type="inference" if names[0].startswith(("inference", "slide", "evaluate")) else "train",
             bundle_root=str(run),
             **overrides,

@@ -89,9 +89,10 @@ class _Progress:
 
 
 def _work(run: Path, job: SlideJob, settings: Mapping[str, Any], threads: int | None, count: int = 1) -> Work:
-    """One slide for an executor, its tiles in ``count`` parts that different workers may compute."""
+    """One slide for an executor; its tiles in ``count`` parts that different workers may compute, its passes shared then."""
+    shared = count > 1 and threads in (1, None)  # passes run on one thread, and more threads round sums differently
     mark = hashlib.sha256(f"{job.folder}\n{job.fingerprint}".encode()).hexdigest()[:16]
-    call = Call(f"segment_slide-{job.stem}-{mark}", segment_one, (str(run), job, dict(settings), threads))
+    call = Call(f"segment_slide-{job.stem}-{mark}", segment_one, (str(run), job, dict(settings), threads, shared))
     parts = tuple(
         Call(f"tiles-{job.stem}-{mark}-{k}-{count}", predict_part, (str(run), job, dict(settings), (k, count), threads))
         for k in range(count if count > 1 else 0)
@@ -261,7 +262,7 @@ def cohort(
         )
     choices = {"trust": trust, "alpha": alpha, "views": views}
     settings = _settings(run, classes, choices, regularizer, calibration) | overrides
-    models = [checkpoint] if REGULARIZER not in settings else [checkpoint, Path(settings[REGULARIZER]) / WEIGHTS]
+    models = [checkpoint, *(p for p in [Path(settings.get(REGULARIZER, run)) / WEIGHTS] if p.is_file())]
     jobs = make_jobs(records, output, models, settings, mpp)
     status = _sort(jobs, retry_failed, overwrite)
     if dry_run:

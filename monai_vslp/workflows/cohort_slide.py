@@ -8,6 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from monai_vslp.data.slides import is_slide, open_slide
 from monai_vslp.io.summary import read_summary
 from monai_vslp.utils.errors import InputError
 from monai_vslp.utils.lock import FolderLock, LockedError
+from monai_vslp.variational.passes import Passes
 from monai_vslp.workflows.bundle import run_config
 from monai_vslp.workflows.cohort_state import SlideState
-from monai_vslp.workflows.executors import emit
+from monai_vslp.workflows.executors import emit, worker_passes
 from monai_vslp.workflows.segment import _is_done
 
 __all__ = ["NO_SPACE", "SlideJob", "check_batch", "finish", "is_done", "predict_part", "segment_one"]
@@ -96,7 +98,7 @@ def check_batch(jobs: Sequence[SlideJob]) -> dict[str, str]:
     return {job.stem: reason for job in jobs if (reason := check_slide(job)) is not None}
 
 
-def _segment(run: Path, job: SlideJob, settings: Mapping[str, Any]) -> None:
+def _segment(run: Path, job: SlideJob, settings: Mapping[str, Any], passes: Passes | None) -> None:
     """The same as ``monai-vslp segment`` does for one input."""
 
     def given(value: Any) -> Any:
@@ -111,6 +113,8 @@ def _segment(run: Path, job: SlideJob, settings: Mapping[str, Any]) -> None:
         run_config(run, "inference.json", datalist=[item], output_dir=str(Path(job.folder).parent), **settings, **extra)
         return
     extra = {"regions": {name: given(value) for name, value in job.regions}} if job.regions else {}
+    if passes is not None:
+        extra["run#0#passes"] = passes
     run_config(
         run,
         "slide_inference.json",
@@ -162,7 +166,9 @@ def predict_part(
         logger.info("tiles of %s, part %d of %d: %s", job.stem, part[0] + 1, part[1], error)
 
 
-def segment_one(run: str, job: SlideJob, settings: Mapping[str, Any], threads: int | None = None) -> dict[str, Any]:
+def segment_one(
+    run: str, job: SlideJob, settings: Mapping[str, Any], threads: int | None = None, shared: bool = False
+) -> dict[str, Any]:
     """Segment one slide; whatever goes wrong with it is written down and told, not raised.
 
     Args:
@@ -170,6 +176,7 @@ def segment_one(run: str, job: SlideJob, settings: Mapping[str, Any], threads: i
         job: the slide.
         settings: top-level values of the bundle's inference configs.
         threads: threads of torch in this process; None to leave them.
+        shared: have all workers of the cluster make the passes of the variational solver, one thread each.
 
     Returns:
         ``status``: ``done``; ``failed``; ``busy`` where another process writes this slide; or ``full`` where the disk is,
@@ -180,8 +187,8 @@ def segment_one(run: str, job: SlideJob, settings: Mapping[str, Any], threads: i
         torch.set_num_threads(threads)
     folder = Path(job.folder)
     try:
-        with FolderLock(folder) as lock:
-            return _attempt(Path(run), job, settings, lock)
+        with FolderLock(folder) as lock, worker_passes() if shared else nullcontext() as passes:
+            return _attempt(Path(run), job, settings, lock, passes)
     except LockedError as error:
         return {"status": "busy", "reason": str(error)}
     except OSError as error:
@@ -190,7 +197,9 @@ def segment_one(run: str, job: SlideJob, settings: Mapping[str, Any], threads: i
         return {"status": "full", "reason": str(error), "errno": error.errno}
 
 
-def _attempt(run: Path, job: SlideJob, settings: Mapping[str, Any], lock: FolderLock) -> dict[str, Any]:
+def _attempt(
+    run: Path, job: SlideJob, settings: Mapping[str, Any], lock: FolderLock, passes: Passes | None
+) -> dict[str, Any]:
     """One attempt under the lock.
 
     Raises:
@@ -202,13 +211,14 @@ def _attempt(run: Path, job: SlideJob, settings: Mapping[str, Any], lock: Folder
     if is_done(job):  # by a worker whose answer was lost, or another run that waited less for the lock
         return finish(before, job)
     state = before.begin(job.fingerprint).write(folder)
-    emit(event="running", slide=job.stem, folder=job.folder, host=state.host, pid=state.pid, attempts=state.attempts)
+    numbers = {"host": state.host, "pid": state.pid, "attempts": state.attempts, "shared_passes": passes is not None}
+    emit(event="running", slide=job.stem, folder=job.folder, **numbers)
     step = "open"
     try:
         if (reason := check_slide(job)) is not None:
             raise InputError(reason)
         step = "segment"
-        _segment(run, job, settings)
+        _segment(run, job, settings, passes)
         lock.check()
     except LockedError:
         raise

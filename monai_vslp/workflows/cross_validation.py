@@ -28,7 +28,7 @@ from monai_vslp.data.bags import collate_bags, prepare_bags
 from monai_vslp.data.cohort import Cohort, Record, read_cohort
 from monai_vslp.data.folds import divide, patient_of, write_fold_table
 from monai_vslp.data.images import check_images
-from monai_vslp.handlers.tracking import MLflowTracker
+from monai_vslp.handlers.tracked_run import TrackedRun
 from monai_vslp.inferers.bags import ProportionInferer
 from monai_vslp.transforms import LoadTissueImaged
 from monai_vslp.utils.atomic import atomic_path, write_json, write_text
@@ -59,7 +59,7 @@ CHOSEN = (
     "counts: errors are a little too small. With --nested the next fold chooses."
 )
 NESTED = "The best epoch of each network was chosen by the next fold, so its own fold is wholly unseen."
-NEUTRAL = ("feature_cache", "tracking_uri")  # no result depends on them
+NEUTRAL = ("feature_cache", "tracking_uri", "tracking_experiment", "tracking_parent")  # no result depends on them
 # Arguments of ``train`` and values of the configs that are set here.
 OWN = ("table", "images", "output", "seed", "progress", "restart", *NEUTRAL)
 FIXED = ("bundle_root", "output_dir", "ckpt_dir", "dataset_dir", "classes", "round", "teacher", "checkpoint")
@@ -94,10 +94,6 @@ class _Fold:
     @property
     def state(self) -> Path:
         return self.run.with_suffix(".json")
-
-    @property
-    def tracking(self) -> Path:
-        return self.run.parent / "tracking" / self.run.name
 
     def read(self) -> dict[str, Any]:
         """The state, as far as it belongs to these settings."""
@@ -199,8 +195,7 @@ def _perform(fold: _Fold, progress: bool) -> None:
     if not state:
         if fold.run.exists():
             logger.warning("%s is of other settings or data; it is trained anew.", fold.run)
-        for folder in (fold.run, fold.tracking):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(fold.run, ignore_errors=True)
         state = {"digest": fold.digest, "seconds": 0.0, "trained": False}
         write_json(fold.state, state)
     if not state["trained"]:
@@ -442,7 +437,7 @@ def _result(cohort: Cohort, folds: Sequence[_Fold], place: Mapping[Path, int], i
         "table": str(cohort.source.absolute()),
         "seed": seed,
         "nested": nested,
-        "options": folds[0].options,
+        "options": {key: value for key, value in folds[0].options.items() if not key.startswith("tracking_")},
         "patients": len(set(patients)),
         **result,
         "images": sorted(rows, key=lambda row: -row["error"]),
@@ -486,24 +481,24 @@ def _row(record: Record, fold: int, predicted: np.ndarray, images: Path) -> dict
 # ---- tracking -----------------------------------------------------------------------------------------------------------
 
 
-class _Tracking(MLflowTracker):
-    """The parent run of a cross-validation and a nested run per fold; what fails here stops tracking alone."""
-
-    def fold(self, fold: _Fold, row: Mapping[str, Any]) -> None:
-        """Log a fold."""
-        if self._broken:
-            return
-        nested = _Tracking(fold.tracking, self.uri, self.experiment)
-        nested.begin({"fold": fold.number, "run": fold.run, "images": row["images"], **fold.options}, self.run_id)
-        nested.finish(_metrics(row), (), "FINISHED")
-        self._broken = nested._broken
-
-    def finish(self, metrics: Mapping[str, float], files: Sequence[Path], status: str) -> None:
-        self._try(self._log_metrics, metrics, 0)
-        for path in files:
-            if path.is_file():
-                self._try(self._log_file, path, "cross_validation")
-        self._try(self._close, status)
+def _track(
+    parent: TrackedRun,
+    folds: Sequence[_Fold],
+    result: Mapping[str, Any] | None,
+    files: Sequence[Path],
+) -> None:
+    """End the run of a cross-validation: its scores and files, and those of the folds in the runs of their trainings."""
+    if result is not None:
+        for fold, row in zip(folds, result["folds"]):
+            nested = TrackedRun(fold.run, parent.uri, EXPERIMENT, parent=parent.run_id)
+            nested.open()
+            nested.parameters({"fold": fold.number, "images": row["images"], "patients": row["patients"]})
+            nested.metrics({f"fold/{name}": value for name, value in _metrics(row).items()})
+            nested.close()
+        parent.metrics(_metrics({**result["overall"], "classes": result["classes"]}))
+    for path in files:
+        parent.file(path, "cross_validation")
+    parent.close("FAILED" if result is None else "FINISHED")
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
@@ -574,8 +569,10 @@ def cross_validate(
         jobs: folds at once, each in a process with one thread. 1 for none but this process.
         feature_cache: folder where features of a frozen backbone are kept; None for ``features`` in ``output``.
         restart: train all folds anew.
-        tracking: log to MLflow, one run for the whole and a nested one per fold, in ``output`` (or at ``MLFLOW_TRACKING_URI``).
-        tracking_uri: log to this MLflow server or store, the trainings too. Failures stop tracking alone.
+        tracking: log to MLflow, one run for the whole and the trainings of the folds nested under it, in ``output`` (or at
+            ``MLFLOW_TRACKING_URI``).
+        tracking_uri: log to this MLflow server or store. A server that fails stops nothing, see
+            :class:`~monai_vslp.handlers.tracked_run.TrackedRun`.
         progress: show progress bars, where ``jobs`` is 1.
         **options: further ones of :func:`~monai_vslp.workflows.train`.
 
@@ -600,7 +597,7 @@ def cross_validate(
     for run in (output / FOLD.format(index + 1) for index in range(folds)):
         if run.exists() and not run.with_suffix(".json").exists():
             raise InputError(f"{run} was not written by a cross-validation; choose another output folder.")
-    given |= {"seed": seed} | ({} if tracking_uri is None else {"tracking_uri": tracking_uri})
+    given["seed"] = seed
     planned = _plan(cohort, place, images, output, given, folds, nested)
     if restart:
         for fold in planned:
@@ -615,19 +612,19 @@ def cross_validate(
     logger.info("%d images of %d folds, %d folds to be done.", len(place), folds, len(todo))
     tracker = None
     if tracking or tracking_uri is not None:
-        tracker = _Tracking(output, tracking_uri, EXPERIMENT)
-        tracker.begin({"folds": folds, "nested": nested, "table": cohort.source, "images": len(place), **given})
-    metrics, files, status = {}, (), "FAILED"
+        tracker = TrackedRun(output, tracking_uri, EXPERIMENT)
+        tracker.open()
+        tracker.parameters({"folds": folds, "nested": nested, "table": cohort.source, "images": len(place), **given})
+        for fold in planned:
+            places = {"tracking_uri": tracker.uri, "tracking_experiment": EXPERIMENT, "tracking_parent": tracker.run_id}
+            fold.options.update(places)
+    result, files = None, ()
     try:
         for fold in _run(todo, jobs, progress):
             logger.info("Fold %d of %d is done.", fold.number, folds)
         result = _result(cohort, planned, place, images, nested, seed)
         files = _write(result, place, images, output)
-        metrics, status = _metrics({**result["overall"], "classes": result["classes"]}), "FINISHED"
-        if tracker is not None:
-            for fold, row in zip(planned, result["folds"]):
-                tracker.fold(fold, row)
     finally:
         if tracker is not None:
-            tracker.finish(metrics, files, status)
+            _track(tracker, planned, result, files)
     return output / REPORT

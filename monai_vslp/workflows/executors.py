@@ -7,8 +7,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,20 @@ import torch
 from monai.utils import optional_import
 
 from monai_vslp.utils.errors import InputError
+from monai_vslp.variational.passes import ExecutorPasses, Passes
 
-__all__ = ["Call", "DaskExecutor", "Executor", "InlineExecutor", "Outcome", "Work", "default_workers", "emit", "make_executor"]
+__all__ = [
+    "Call",
+    "DaskExecutor",
+    "Executor",
+    "InlineExecutor",
+    "Outcome",
+    "Work",
+    "default_workers",
+    "emit",
+    "make_executor",
+    "worker_passes",
+]
 
 dask, has_dask = optional_import("dask")
 distributed, has_distributed = optional_import("distributed")
@@ -116,6 +128,23 @@ def emit(**event: Any) -> None:
             return
     for listener in _listeners:
         listener(event)
+
+
+@contextmanager
+def worker_passes() -> Iterator[Passes | None]:
+    """Passes of the variational solver that all workers of the cluster make together, from inside a call on one of them.
+
+    Meanwhile the call's own worker takes its share of the passes, too. None where no cluster runs the call.
+    """
+    try:
+        if not has_distributed:
+            raise ValueError("no Dask")
+        distributed.get_worker()
+    except ValueError:
+        yield None
+        return
+    with distributed.worker_client() as client, ExecutorPasses(client.get_executor) as passes:
+        yield passes
 
 
 def _version() -> str:

@@ -13,7 +13,7 @@ from monai_vslp.data.slides import is_slide
 from monai_vslp.networks.masked import MaskedAutoencoder
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import InputError
-from monai_vslp.workflows.bundle import read_config, run_config, template
+from monai_vslp.workflows.bundle import plain_metadata, read_config, run_config, template
 
 __all__ = ["BACKBONE_WEIGHTS", "pretrain"]
 
@@ -24,7 +24,7 @@ NETWORK = ("backbone", "backbone_kwargs", "weights", "decoder_width", "decoder_d
 
 def _metadata() -> dict[str, Any]:
     """Metadata of a pretraining: images in, images out."""
-    metadata = read_config(template(), "metadata.json")
+    metadata = plain_metadata()
     metadata |= {
         "name": "Masked autoencoder of tissue",
         "task": "Self-supervised pretraining of a vision transformer on histology",
@@ -97,7 +97,6 @@ def pretrain(
         "images": [str(path.absolute()) for path in files],
         "seed": seed,
         "weights": None if weights is None else str(Path(weights).absolute()),
-        "tracking_uri": tracking_uri,
         **{
             key: value
             for key, value in (("backbone", backbone), ("epochs", epochs), ("tile", tile), ("batch_size", batch_size))
@@ -125,5 +124,5 @@ def pretrain(
     shutil.copyfile(template() / "LICENSE", run / "LICENSE")
     write_json(run / "configs" / CONFIG, config)
     write_json(run / "configs" / "metadata.json", _metadata())
-    run_config(run, CONFIG, progress=progress)
+    run_config(run, CONFIG, track=True, progress=progress, **({} if tracking_uri is None else {"tracking_uri": tracking_uri}))
     return run / BACKBONE_WEIGHTS

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from monai_vslp.utils.errors import InputError
+from monai_vslp.workflows.bundle import tracking_settings
 
 __all__ = ["OVERLAY", "check_processes", "run_processes"]
 
@@ -44,14 +45,17 @@ def check_processes(count: int, batch_size: int) -> None:
         raise InputError("this build of torch has no torch.distributed; train with one process.")
 
 
-def run_processes(run: Path, count: int, names: Sequence[str] = ("train.json",), progress: bool = True) -> None:
-    """Run configs of a bundle folder, with the overlay for several processes, as ``torchrun`` does.
+def run_processes(
+    run: Path, count: int, names: Sequence[str] = ("train.json",), progress: bool = True, **overrides: str
+) -> None:
+    """Run configs of a bundle folder, with the overlay for several processes, as ``torchrun`` does; tracked in MLflow.
 
     Args:
         run: bundle folder.
         count: processes on this machine; each has a GPU, or all share its CPUs.
         names: configs, the first with overlays behind it.
         progress: show progress bars.
+        **overrides: values of the config, by their ids.
 
     Raises:
         RuntimeError: a process failed; its message is on stderr.
@@ -65,7 +69,8 @@ def run_processes(run: Path, count: int, names: Sequence[str] = ("train.json",),
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--nnodes=1",
         "--master_addr=127.0.0.1", f"--master_port={port}", "-m", "monai.bundle", "run", "--config_file", str(configs),
         "--meta_file", str(run / "configs" / "metadata.json"), "--bundle_root", str(run), "--progress", str(progress),
-        "--logging_file", "False",
+        "--logging_file", "False", "--tracking", str(tracking_settings(run)),
+        *(part for key, value in overrides.items() for part in (f"--{key}", value)),
     ]  # fmt: skip
     # In a session of its own a terminal's Ctrl-C reaches it once, through here, and so does a signal to this process alone.
     process = subprocess.Popen(command, start_new_session=True)

@@ -25,6 +25,7 @@ NETWORK = (
     "rank",
     "head",
     "hidden",
+    "context",
     "window",
     "mean",
     "std",
@@ -101,7 +102,6 @@ def train_regularizer(
         "seed": seed,
         "class_wise": class_wise,
         "see_image": see_image,
-        "tracking_uri": tracking_uri,
         **(PUBLISHED if published else {}),
         **({} if epochs is None else {"regularizer_epochs": epochs}),
         **overrides,
@@ -110,5 +110,5 @@ def train_regularizer(
     if unknown:
         raise InputError(f"{CONFIG} has no value named {unknown[0]!r}; it has {', '.join(sorted(config))}.")
     write_json(run / "configs" / CONFIG, config | values)
-    run_config(run, CONFIG, progress=progress)
+    run_config(run, CONFIG, track=True, progress=progress, **({} if tracking_uri is None else {"tracking_uri": tracking_uri}))
     return folder

@@ -27,8 +27,10 @@ from monai_vslp.transforms.refinement import VariationalRefinementd
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError, ProportionError, SlideError
 from monai_vslp.utils.lock import FolderLock, LockedError
+from monai_vslp.utils.plugins import PluginError
 from monai_vslp.variational.explain import flip_band
 from monai_vslp.variational.learned import WEIGHTS
+from monai_vslp.variational.potential import REGULARIZERS
 from monai_vslp.workflows.bundle import read_config, run_config
 from monai_vslp.workflows.calibration import segment_settings
 from monai_vslp.workflows.regularizer import REGULARIZER, has_regularizer
@@ -174,7 +176,16 @@ def _with_band(config: Mapping[str, Any], step: float) -> list[dict[str, Any]]:
 def _regularizer(run: Path, name: str | None, band: bool) -> dict[str, str]:
     """The config's value ``regularizer`` for a choice of the user; nothing for total variation."""
     if name not in (None, "tv", "learned"):
-        raise InputError(f"regularizer is 'tv' or 'learned', got {name!r}.")
+        try:
+            REGULARIZERS.find(name)
+        except PluginError:
+            raise
+        except ValueError as error:
+            known = "'tv', 'learned' or one that another package adds"
+            raise InputError(f"regularizer is {known}, got {name!r}: {error}") from error
+        if band:
+            raise InputError("a band is found with total variation; choose --regularizer tv, or leave the band out.")
+        return {"regularizer": name}
     if name == "learned" and not has_regularizer(run):
         raise InputError(f"{run} has no learned regularizer; make one with 'monai-vslp train-regularizer {run}'.")
     if name == "learned" and band:
@@ -270,7 +281,7 @@ def segment(
     settings |= _regularizer(run, regularizer, band is not None)
     settings |= segment_settings(run, classes) if calibration else {}
     settings |= overrides
-    models = [checkpoint] if REGULARIZER not in settings else [checkpoint, Path(settings[REGULARIZER]) / WEIGHTS]
+    models = [checkpoint, *(p for p in [Path(settings.get(REGULARIZER, run)) / WEIGHTS] if p.is_file())]
     todo_images, todo_slides = [], []
     for path in files:
         given = items[path].get("proportions")

@@ -73,6 +73,21 @@ ESTIMATED: dict[str, Any] = {"entropy_weight": 0.3, "target_trust": 3.0}
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.json")))
 RECIPE = "recipe.json"  # its copy in a run
+FINETUNE = "finetune.json"  # overlay for a network that was trained before
+# What a network is made of, in the configs of a bundle.
+NETWORK = (
+    "backbone",
+    "backbone_kwargs",
+    "blocks",
+    "magnifications",
+    "rank",
+    "head",
+    "hidden",
+    "context",
+    "window",
+    "mean",
+    "std",
+)
 STEP = 0.05  # people estimate in multiples of it
 ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
 FIT = "fit{}"  # folders in models/ of the fits that were tried
@@ -81,7 +96,6 @@ NO_SETTINGS = (
     "table",
     "dataset_dir",
     "weights",
-    "tracking_uri",
     "feature_cache",
     "rounds",
     "enclosing",
@@ -110,6 +124,7 @@ def train(
     *,
     backbone: str | None = None,
     weights: str | Path | None = None,
+    start: str | Path | None = None,
     seed: int = 0,
     epochs: int | None = None,
     mpp: float | None = None,
@@ -120,6 +135,8 @@ def train(
     feature_cache: str | Path | None = None,
     restart: bool = False,
     tracking_uri: str | None = None,
+    tracking_experiment: str | None = None,
+    tracking_parent: str | None = None,
     processes: int = 1,
     progress: bool = True,
     **overrides: Any,
@@ -143,6 +160,8 @@ def train(
         output: the bundle folder to write.
         backbone: name of a timm model; or ``local-dir:<folder>``, ``hf-hub:<organisation>/<model>``, which brings its weights.
         weights: local file with its weights.
+        start: bundle folder with a trained network to go on from, which brings its backbone: all of it is trained, its head is
+            kept where the classes are the same ones in the same order.
         seed: seed of all random draws.
         epochs: passes over the bags; None for the default.
         mpp: µm/px of the images, needed for slides; None takes the table's column ``mpp``.
@@ -155,7 +174,9 @@ def train(
             of ``train.json`` and ``train_head.json``. No surroundings and no rounds then. None for the way above.
         feature_cache: folder where features of frozen backbones are kept for other runs too; None to keep none.
         restart: throw away an earlier run in ``output``.
-        tracking_uri: MLflow server or store; SQLite in ``output`` by default.
+        tracking_uri: MLflow server or store; SQLite in ``output`` by default. A server that fails ends no training.
+        tracking_experiment: name of the experiment there; ``monai_vslp`` by default.
+        tracking_parent: id of the run that this one is nested under.
         processes: of this machine that share each batch, one GPU each or all on its CPUs; not where a head is fitted to a
             frozen backbone.
         progress: show progress bars.
@@ -189,14 +210,18 @@ def train(
     overlay = {key: overrides.get(key, value) for key, value in overlay.items()}
     if weights is not None:
         load_weights(weights)  # a damaged file is found before the images are read
+    begun = {} if start is None else _start(start, cohort, weights is None and backbone is None and recipe is None)
+    overrides = begun | overrides
     fitted = weights is not None and not finetune
-    defaults = read_config(template(), "train.json") | (FROM_SCRATCH if weights is None and backbone is None else {})
+    scratch = weights is None and backbone is None and start is None
+    defaults = read_config(template(), "train.json") | (FROM_SCRATCH if scratch else {})
+    defaults |= {} if start is None else {"epochs": read_config(template(), FINETUNE)["epochs"]}
     asked = defaults | ({} if epochs is None else {"epochs": epochs}) | overrides
     if processes != 1 and fitted:
         raise InputError("heads of frozen backbones are fitted by one process: leave out processes, or give finetune.")
     check_processes(processes, asked["batch_size"])
     if not fitted:
-        overrides = _finetuning(asked, weights is not None, len(cohort.split("val")) > 0) | overrides
+        overrides = _finetuning(asked, weights is not None or start is not None, len(cohort.split("val")) > 0) | overrides
     elif overrides.get("adapters"):
         raise InputError("adapters train a backbone, and this one is frozen: give finetune (--finetune), or leave them out.")
     if (run / "configs").exists() and restart:
@@ -209,7 +234,7 @@ def train(
     if scale is None:
         logger.warning("No µm/px known for the images (--mpp or a column mpp): slides will be read at %g µm/px.", ASSUMED_MPP)
     frozen = weights is not None and not finetune
-    values: dict[str, Any] = dict(FROM_SCRATCH) if weights is None and backbone is None else {}
+    values: dict[str, Any] = dict(FROM_SCRATCH) if scratch else {}
     if backbone is not None or weights is not None:
         values = {
             "backbone": backbone or DEFAULT_BACKBONE,
@@ -225,7 +250,6 @@ def train(
         "dataset_dir": str(Path(images).absolute()),
         "classes": list(cohort.classes),
         "seed": seed,
-        "tracking_uri": tracking_uri,
         "enclosing": list(enclosing),
         "feature_cache": None if feature_cache is None else str(Path(feature_cache).absolute()),
         "mpp": scale if scale is not None else ASSUMED_MPP,
@@ -239,13 +263,20 @@ def train(
         values["rounds"] = rounds
     # Precision of training only: an inference config has a switch of this name too, and maps are to be those of the network.
     create_run(run, {key: value for key, value in values.items() if key != "amp"}, cohort.classes)
+    places = {
+        "tracking_uri": tracking_uri,
+        "tracking_experiment": tracking_experiment,
+        "tracking_parent": tracking_parent,
+    }
+    tracked = {key: value for key, value in places.items() if value is not None}
     if not frozen:
         if values.get("amp"):
             write_json(run / "configs" / "train.json", read_config(run, "train.json") | {"amp": True})
+        names = ["train.json"] if start is None else ["train.json", FINETUNE]
         if processes > 1:
-            run_processes(run, processes, progress=progress)
+            run_processes(run, processes, names, progress=progress, ckpt_dir=str(run / "models"), **tracked)
         else:
-            run_config(run, "train.json", progress=progress)
+            run_config(run, names, track=True, progress=progress, ckpt_dir=str(run / "models"), **tracked)
         return run
     held_out = len(cohort.split("val")) > 0
     # Self-training draws single tokens: its head knows nothing of their surroundings.
@@ -259,12 +290,36 @@ def train(
         settings["recipe"] = overlay
     estimated = _estimated(training)
     fits, better = (ESTIMATED_FITS, ESTIMATED_BETTER) if estimated else (FITS, BETTER)
-    chosen = _fit_head(run, configs, fits[:1] if alone else fits, better, settings, progress)
+    chosen = _fit_head(run, configs, fits[:1] if alone else fits, better, settings, progress, tracked)
     if chosen:
         create_run(run, values | chosen | {"rounds": 0}, cohort.classes)
-    _self_training(run, held_out, ESTIMATED_GATE if estimated else GATE, progress)
+    _self_training(run, held_out, ESTIMATED_GATE if estimated else GATE, progress, tracked)
     shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all fits and rounds, and may be large
     return run
+
+
+def _start(start: str | Path, cohort: Cohort, alone: bool) -> dict[str, Any]:
+    """Values of the configs that make a trained network the start.
+
+    Raises:
+        InputError: the folder has no trained network, or another start was given too.
+    """
+    start = Path(start)
+    config = read_config(start, "inference.json")
+    model = start / "models" / "model.pt"
+    load_weights(model)
+    if not alone:
+        raise InputError(f"{start} brings its backbone and weights: leave out backbone, weights and recipe, or the start.")
+    values = {key: config[key] for key in NETWORK if key in config}
+    same = list(config["classes"]) == list(cohort.classes)
+    if not same:
+        logger.info("%s knows the classes %s: the head is learned anew.", start, ", ".join(config["classes"]))
+    values |= {"freeze_backbone": False, "cache_features": False, "consistency_weight": 0.0}
+    return values | {
+        "learning_rate": read_config(template(), FINETUNE)["learning_rate"],
+        "start": str(model.absolute()),
+        "keep_head": same,
+    }
 
 
 def _finetuning(asked: dict[str, Any], pretrained: bool, held_out: bool) -> dict[str, Any]:
@@ -317,6 +372,7 @@ def _fit_head(
     better: float,
     settings: dict[str, Any],
     progress: bool,
+    tracked: dict[str, str],
 ) -> dict[str, Any]:
     """Fit heads in turn as long as held-out proportions are met better; ``models/round0`` holds the last that did so.
 
@@ -342,7 +398,9 @@ def _fit_head(
     for number, fit in enumerate(fits):
         values = fit | ({"ridge": fit["ridge"] * ridge} if "ridge" in fit else {})
         candidate = models / FIT.format(number)
-        run_config(run, configs, ckpt_dir=str(candidate), progress=progress, **values)
+        stage = FIT.format(number) if len(fits) > 1 else None
+        place = {"ckpt_dir": str(candidate), "tracking_stage": stage, **tracked}
+        run_config(run, configs, track=True, progress=progress, **place, **values)
         error = _best_error(candidate) if len(fits) > 1 else None
         if number:
             text = ", ".join(f"{key} {value}" for key, value in values.items())
@@ -365,7 +423,7 @@ def _estimated(cohort: Cohort) -> bool:
     return any(label.spread.any() for label in labels) or bool(np.allclose(values / STEP, np.round(values / STEP), atol=1e-3))
 
 
-def _self_training(run: Path, held_out: bool, gate: float, progress: bool) -> None:
+def _self_training(run: Path, held_out: bool, gate: float, progress: bool, tracked: dict[str, str]) -> None:
     """Rounds of self-training as long as held-out proportions are met as well; ``models/model.pt`` is the last such network.
 
     Args:
@@ -373,6 +431,7 @@ def _self_training(run: Path, held_out: bool, gate: float, progress: bool) -> No
         held_out: there are images of split ``val``.
         gate: a round counts up to so many times the error before.
         progress: show progress bars.
+        tracked: where the run is tracked.
     """
     models = run / "models"
     rounds = read_config(run, "self_training.json")["rounds"]
@@ -384,7 +443,7 @@ def _self_training(run: Path, held_out: bool, gate: float, progress: bool) -> No
     error = _best_error(models / ROUND.format(0))
     for number in range(1, rounds + 1):
         folder = models / ROUND.format(number)
-        run_config(run, "self_training.json", round=number, progress=progress)
+        run_config(run, "self_training.json", track=True, round=number, progress=progress, **tracked)
         found = _best_error(folder)
         logger.info("Round %d: mean error of held-out proportions %.4f, before %.4f.", number, found, error)
         if found > gate * error:

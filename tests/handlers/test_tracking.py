@@ -4,7 +4,9 @@ import gc
 import json
 import logging
 import os
+import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,15 +15,18 @@ import torch
 from ignite.engine import Engine, Events
 from PIL import Image
 
-from monai_vslp.handlers.tracking import MLflowTracker
+from monai_vslp.handlers import HeldOutTable, MLflowTracker, TrackedRun, send_kept
+from monai_vslp.utils.errors import InputError
 
 mlflow = pytest.importorskip("mlflow")
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Run in an empty directory, which must stay empty, and without settings of the machine."""
+def _elsewhere(tmp_path, monkeypatch, mlflow_database):
+    """Run in an empty directory, which must stay empty, and without settings of the machine; a database is ready."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "run").mkdir()
+    shutil.copyfile(mlflow_database, tmp_path / "run" / "mlflow.db")
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     yield
@@ -64,7 +69,7 @@ def _history(client, run_id, name):
 
 
 def test_a_run_is_found_again_in_its_folder(tmp_path):
-    folder = tmp_path / "run ä 1"
+    folder = (tmp_path / "run").rename(tmp_path / "run ä 1")
     config, photo = tmp_path / "train.json", tmp_path / "photo.png"
     config.write_text("{}")
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(photo)
@@ -78,7 +83,14 @@ def test_a_run_is_found_again_in_its_folder(tmp_path):
         parameters={"network": {"backbone": "vit", "blocks": [4, 8]}, "note": "x" * 5000, "odd key #1": 1, "empty": {}},
         evaluator=evaluator,
         configs=[config, tmp_path / "absent.json"],
-        pictures={"a": photo, "b": lambda: np.full((4, 5, 3), 7, np.uint8), "c": broken_picture, "d": lambda: None},
+        pictures={
+            "a": photo,
+            "b": lambda: np.full((4, 5, 3), 7, np.uint8),
+            "c": broken_picture,
+            "d": lambda: None,
+            "e": lambda: {"x": np.zeros((2, 3, 3), np.uint8)},
+        },
+        tables={"shares": lambda: [{"image": "i 1", "given": 0.25}, {"image": "i,2", "given": 1 / 3}], "none": None},
     )
     _run(tracker, engine, set_metrics)
 
@@ -94,8 +106,12 @@ def test_a_run_is_found_again_in_its_folder(tmp_path):
     assert _history(client, run_id, "val_loss") == [(1, 9.0), (2, 9.0), (3, 9.0)]
     assert _history(client, run_id, "learning_rate")[0] == (1, 0.25)
     assert "name" not in run.data.metrics
-    found = [item.path for place in ("", "config", "pictures") for item in client.list_artifacts(run_id, place)]
-    assert {"config/train.json", "pictures/photo.png", "pictures/b.png", "learning_curve.png"} <= set(found)
+    folders = ("", "config", "pictures", "pictures/e", "tables")
+    found = [item.path for place in folders for item in client.list_artifacts(run_id, place)]
+    pictures = {"pictures/photo.png", "pictures/b.png", "pictures/e/x.png", "learning_curve.png"}
+    assert {"config/train.json", "tables/shares.csv", *pictures} <= set(found)
+    table = Path(client.download_artifacts(run_id, "tables/shares.csv", str(tmp_path)))
+    assert table.read_text(encoding="utf-8") == 'image,given\ni 1,0.25\n"i,2",0.333333\n'
     assert not [path for path in found if path.endswith(("c.png", "d.png", "absent.json"))]
     curve = Image.open(client.download_artifacts(run_id, "learning_curve.png", str(tmp_path)))
     assert min(curve.size) > 300
@@ -135,14 +151,76 @@ def test_a_server_that_does_not_answer_costs_one_warning(tmp_path, caplog, monke
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"):
         monkeypatch.delenv(name, raising=False)
     engine, evaluator, set_metrics = _trainer()
-    tracker = MLflowTracker(tmp_path / "run", uri="http://127.0.0.1:9", evaluator=evaluator, configs=[tmp_path])
-    start = time.perf_counter()
+    picture = {"p": lambda: np.zeros((2, 3, 3), np.uint8)}
+    tracker = MLflowTracker(
+        tmp_path / "run", uri="http://127.0.0.1:9", evaluator=evaluator, pictures=picture, parameters={"lr": 0.5}
+    )
     with caplog.at_level(logging.WARNING, logger="monai_vslp"):
         _run(tracker, engine, set_metrics)
-    assert time.perf_counter() - start < 15
     assert engine.state.epoch == 3 and engine.state.metrics["loss"] == 1.0
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("monai_vslp")]
     assert len(warnings) == 1 and "http://127.0.0.1:9" in warnings[0] and "training goes on" in warnings[0]
+    kept = f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}"
+    assert kept in warnings[0] and tracker.uri == kept, "it says where the run is kept"
+    client, known = mlflow.MlflowClient(kept), json.loads((tmp_path / "run" / "mlflow_run.json").read_text())
+    assert (known["uri"], known["run_id"]) == ("http://127.0.0.1:9", None)
+    run = client.get_run(known["kept"])
+    assert run.info.status == "FINISHED" and run.data.params["lr"] == "0.5"
+    assert run.data.tags["monai_vslp.server"] == "http://127.0.0.1:9"
+    assert _history(client, known["kept"], "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert [item.path for item in client.list_artifacts(known["kept"], "pictures")] == ["pictures/p.png"]
+    with pytest.raises(InputError, match="could not be sent"):
+        send_kept(tmp_path)
+    assert json.loads((tmp_path / "run" / "mlflow_run.json").read_text()) == known, "what is kept stays"
+
+    # The server is still away: the same command goes on with the same run.
+    engine, evaluator, set_metrics = _trainer(losses=(3.0, 2.0, 1.0, 0.5))
+    engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "epoch", 3))
+    _run(MLflowTracker(tmp_path / "run", uri="http://127.0.0.1:9", evaluator=evaluator), engine, set_metrics, epochs=4)
+    assert json.loads((tmp_path / "run" / "mlflow_run.json").read_text()) == known
+    assert _history(client, known["kept"], "loss")[-1] == (4, 0.5)
+
+
+def test_metrics_of_the_machine_are_logged(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    run = TrackedRun(tmp_path / "run", system_metrics=True)
+    run.open()
+    client, run_id = _client(tmp_path / "run")
+    end = time.monotonic() + 60
+    while not any(name.startswith("system/") for name in client.get_run(run_id).data.metrics):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    run.curves()
+    run.close()
+    assert "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics
+    assert not client.list_artifacts(run_id), "there are no curves of the training, and those of the machine are not drawn"
+
+
+def test_stages_of_one_run_keep_their_metrics_and_parameters_apart(tmp_path):
+    for stage, rate in (("fit0", 0.1), ("fit1", 0.2)):
+        engine, evaluator, set_metrics = _trainer()
+        _run(MLflowTracker(tmp_path / "run", stage=stage, parameters={"lr": rate, "seed": 0}), engine, set_metrics)
+    client, run_id = _client(tmp_path / "run")
+    run = client.get_run(run_id)
+    assert {key: run.data.params[key] for key in ("lr", "fit1.lr", "seed")} == {"lr": "0.1", "fit1.lr": "0.2", "seed": "0"}
+    assert "changed_parameters" not in run.data.tags and "fit1.seed" not in run.data.params
+    assert _history(client, run_id, "fit0/loss") == _history(client, run_id, "fit1/loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_the_table_of_held_out_images_is_that_of_the_last_validation():
+    batches = [
+        (torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])),
+        (torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])),
+    ]
+    evaluator = Engine(lambda engine, batch: batch)
+    table = HeldOutTable(evaluator, [{"stem": "a"}, {"stem": "b"}], ["pink", "purple"], lambda output: output)
+    for _ in range(2):
+        evaluator.run(batches)
+    assert [row["image"] for row in table()] == ["b", "a"], "the worst first, each once"
+    expected = {
+        "image": "a", "error": 0.25, "given pink": 0.25, "predicted pink": 0.5, "given purple": 0.75, "predicted purple": 0.5,
+    }  # fmt: skip
+    assert table()[1] == expected
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_training(tmp_path, caplog):

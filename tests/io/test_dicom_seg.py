@@ -234,6 +234,18 @@ def test_other_input_gives_other_identifiers(tmp_path):
         assert one.StudyInstanceUID != first.StudyInstanceUID and one.SOPInstanceUID != first.SOPInstanceUID
 
 
+def test_what_is_required_and_unknown_is_there_and_empty(tmp_path):
+    dataset = pydicom.dcmread(write_dicom_seg(tmp_path / "s.dcm", make_labels(), **OPTIONS))
+    (specimen,) = dataset.SpecimenDescriptionSequence
+    for holder, name in (
+        (dataset, "IssuerOfTheContainerIdentifierSequence"),
+        (dataset, "ContainerTypeCodeSequence"),
+        (specimen, "IssuerOfTheSpecimenIdentifierSequence"),
+        (specimen, "SpecimenPreparationSequence"),
+    ):
+        assert name in holder and len(holder[name].value) == 0, name
+
+
 def test_no_tissue_and_one_class(tmp_path):
     empty = np.full((70, 70), 255, np.uint8)
     options = {"mpp": 1.0, "level0_shape": (70, 70), "downsample": 1.0, "tile": 64}

@@ -209,6 +209,15 @@ def test_files_of_formats_left_out_do_not_stay_beside_other_maps(maps, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", *TABLES, *ALWAYS}
 
 
+def test_an_annotation_for_dsa_has_the_polygons_and_the_proportions(maps, tmp_path):
+    write_output(tmp_path, make(maps), formats=("geojson", "dsa"))
+    annotation = json.loads((tmp_path / "annotation.json").read_text())
+    polygons = json.loads((tmp_path / "segmentation.geojson").read_text())["features"]
+    assert annotation["name"] == "s" and len(annotation["elements"]) >= len(polygons) > 0
+    assert {element["group"] for element in annotation["elements"]} <= set(CLASSES)
+    assert annotation["attributes"]["proportions"] == read_summary(tmp_path)["proportions"]
+
+
 @pytest.mark.parametrize("names", [["../outside.txt"], ["/{outside}"], [""], ["."], 7])
 def test_a_summary_that_was_tampered_with_deletes_nothing_else(maps, tmp_path, names):
     outside, folder = tmp_path / "outside.txt", tmp_path / "out"

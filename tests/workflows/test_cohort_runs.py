@@ -163,17 +163,19 @@ def test_two_workers_one_killed_give_the_same_bytes(done, model, slides, tmp_pat
     )
 
 
-def test_fewer_slides_than_workers_share_their_tiles(done, model, slides, tmp_path):
+def test_fewer_slides_than_workers_share_their_tiles_and_passes(done, model, slides, tmp_path):
     reference, _ = done
     header, *rows = slides.read_text().splitlines()
     table = tmp_path / "one.csv"
     table.write_text("\n".join([header, *(row for row in rows if row.startswith("s1"))]) + "\n")
-    result = cohort(table, tmp_path / "out", model=model, images=slides.parent, workers=2, **FAST | {"batch_size": 1})
+    result = cohort(table, tmp_path / "out", model=model, images=slides.parent, workers=2, **FAST)
     assert result.failures == {} and result.done == ("s1",)
     shared = [event for event in events(tmp_path / "out") if event["event"] == "tiles"]
     assert sorted((event["part"], event["parts"]) for event in shared) == [(0, 2), (1, 2)]
-    labels = [tifffile.imread(folder / "s1" / "labels.tif") for folder in (reference, tmp_path / "out")]
-    assert np.array_equal(*labels)
+    (running,) = (event for event in events(tmp_path / "out") if event["event"] == "running")
+    assert running["shared_passes"]
+    for file in SAME:
+        assert (tmp_path / "out" / "s1" / file).read_bytes() == (reference / "s1" / file).read_bytes(), file
 
 
 def test_bad_slides_are_written_down_and_tried_again_on_demand(model, slides, tmp_path, caplog):

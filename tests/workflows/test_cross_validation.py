@@ -346,7 +346,8 @@ def test_mlflow_has_a_nested_run_per_fold_and_a_dead_server_stops_nothing(cohort
     scores = result(output)
     assert parent.data.metrics["error"] == pytest.approx(scores["overall"]["error"])
     assert parent.data.metrics["error purple"] == pytest.approx(scores["classes"]["purple"]["error"])
-    assert runs["fold2"].data.metrics["baseline"] == pytest.approx(scores["folds"][1]["baseline"])
+    assert runs["fold2"].data.metrics["fold/baseline"] == pytest.approx(scores["folds"][1]["baseline"])
+    assert all("loss" in found.data.metrics for found in runs.values()), "the run of a fold is that of its training"
     assert parent.data.params["folds"] == "2" and runs["fold1"].data.params["epochs"] == "1"
     names = {file.path for file in client.list_artifacts(parent.info.run_id, "cross_validation")}
     assert names == {

@@ -67,6 +67,7 @@ def test_torchrun_gives_the_weights_of_one_process(cohort, alone, tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "-m", "monai.bundle", "run",
         "--config_file", f"['{configs / 'train.json'}','{configs / 'multi_gpu_train.json'}']",
         "--meta_file", str(configs / "metadata.json"), "--bundle_root", str(run), "--progress", "False",
+        "--tracking", str(configs / "tracking.json"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -72,8 +72,12 @@ def test_tracked_in_sqlite_with_parameters_curves_config_and_pictures(finished):
     assert found.data.params["seed"] == "0" and "backbone" in found.data.params
     assert {"loss", "proportion_error", "learning_rate"} <= set(found.data.metrics)
     assert len(client.get_metric_history(found.info.run_id, "loss")) == 4
-    names = {f.path for folder in ("", "config", "pictures") for f in client.list_artifacts(found.info.run_id, folder)}
-    assert {"config/train.json", "learning_curve.png", "pictures/confidence.png"} <= names
+    folders = ("", "config", "pictures/held_out", "tables")
+    names = {f.path for folder in folders for f in client.list_artifacts(found.info.run_id, folder)}
+    assert {"learning_curve.png", "pictures/held_out/i6.png", "tables/held_out_proportions.csv"} <= names
+    (executed,) = [name for name in names if name.startswith("config/config_")]
+    with open(client.download_artifacts(found.info.run_id, executed), encoding="utf-8") as file:
+        assert json.load(file)["epochs"] == 4
 
 
 def test_the_same_seed_gives_the_same_weights_another_one_others(cohort, finished, tmp_path):

@@ -11,6 +11,8 @@ from monai_vslp.cli import main
 from monai_vslp.io.summary import read_summary
 from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows import segment, train, train_regularizer
+from monai_vslp.workflows.bundle import read_config, template
+from monai_vslp.workflows.regularizer import NETWORK
 
 QUICK = {
     "batches": 2,
@@ -36,6 +38,12 @@ def trained(tmp_path_factory):
 def copy(trained, tmp_path):
     folder, run = trained
     return folder, shutil.copytree(run, tmp_path / "run")
+
+
+def test_the_network_is_made_as_it_was_trained():
+    """Whatever shapes the network in the inference config is taken over; the rest changes no weights."""
+    network = read_config(template(), "inference.json")["network_def"]
+    assert set(network) - set(NETWORK) == {"_target_", "num_classes", "freeze_backbone", "cache"}
 
 
 def test_train_then_segment_with_what_was_learned(copy, tmp_path):

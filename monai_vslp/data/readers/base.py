@@ -9,11 +9,12 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
-from monai.utils import ComponentStore
+
+from monai_vslp.utils.plugins import PluginStore
 
 __all__ = ["SLIDE_READERS", "SlideReader"]
 
-SLIDE_READERS = ComponentStore("slide readers", "Libraries that read whole slides; subclasses of SlideReader.")
+SLIDE_READERS = PluginStore("slide readers", "Libraries that read whole slides; subclasses of SlideReader.")
 
 
 class SlideReader(ABC):

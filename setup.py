@@ -28,7 +28,7 @@ EXTRAS = {
     "distributed": ["dask[distributed]>=2025.1"],
     "tables": ["pandas", "openpyxl"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
-    "dev": ["pytest>=8", "hypothesis", "ruff", "jsonschema"],
+    "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "jsonschema"],
 }
 # MONAI Label and MONAI Deploy need environments of their own; "all" is what one machine uses.
 ALL = ("slides", "dicom", "tracking", "transport", "stores", "distributed", "tables", "export")

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Installs the package with what its tests need into .venv, checks the style and runs the tests; arguments go to pytest.
+# Installs the package with what its tests need into .venv, checks the style and runs the tests on all cores; arguments go to pytest,
+# but for a first one "--slow", which runs the tests marked as slow too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh all dev
 "${VENV:-.venv}/bin/ruff" check .
-exec "${VENV:-.venv}/bin/python" -m pytest "$@"
+selection=(-m "not slow")
+if [ "${1:-}" = --slow ]; then
+    selection=()
+    shift
+fi
+exec "${VENV:-.venv}/bin/python" -m pytest -n auto "${selection[@]}" "$@"

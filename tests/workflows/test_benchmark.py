@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import inspect
 import json
 import os
@@ -136,6 +137,7 @@ def _count(monkeypatch, name, action=None):
     """Calls of a step of the benchmark, recorded by their named arguments; ``action`` sees them first."""
     original, calls = getattr(benchmark, name), []
 
+    @functools.wraps(original)  # the benchmark looks at its arguments
     def counted(*arguments, **options):
         calls.append((arguments, inspect.signature(ORIGINALS[name]).bind(*arguments, **options).arguments))
         if action is not None:
@@ -165,6 +167,7 @@ def test_runs_is_interrupted_and_goes_on_without_repeating(config, save, cohorts
     sys.addaudithook(watch)
     train = benchmark.train
 
+    @functools.wraps(train)
     def watched(*arguments, **options):
         inside.append(True)
         try:
@@ -272,6 +275,7 @@ def test_a_change_repeats_what_depends_on_it_alone(small, save, cohorts, tmp_pat
     assert changed() == (2, 3)
 
 
+@pytest.mark.slow
 def test_processes_one_dies_the_others_finish_with_the_same_scores(small, save, tmp_path):
     run_benchmark(save(small), tmp_path / "alone", progress=False)
     small["methods"]["deadly"] = {"fit": {"_target_": f"{__name__}.deadly"}}
@@ -287,6 +291,7 @@ def test_processes_one_dies_the_others_finish_with_the_same_scores(small, save, 
     assert len(list((tmp_path / "out").rglob("labels.tif"))) == 2 * 2 * 2, "keep: seeds, tables given, images"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(small, save, tmp_path):
     """A real SIGINT to the process that waits for two others, of which one never ends."""
     small["seeds"] = [0]

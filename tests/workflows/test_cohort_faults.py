@@ -52,15 +52,16 @@ def check_same(output, reference, stems=STEMS):
             assert (output / stem / name).read_bytes() == (reference / stem / name).read_bytes(), f"{stem}/{name}"
 
 
-def start(slides, output, model) -> subprocess.Popen:
-    """The same cohort in a process of its own, a little slower, so that it is met in the middle."""
+def start(slides, output, model, first=0.5) -> subprocess.Popen:
+    """The same cohort in a process of its own, slower by ``first`` s in the first slide, so that it is met in the middle."""
     program = f"""
 import importlib, time
 from monai_vslp.workflows.cohort import cohort
 slide = importlib.import_module("monai_vslp.workflows.cohort_slide")
 segment = slide._segment
+waits = iter([{first}])
 def slow(*arguments):
-    time.sleep(0.5)
+    time.sleep(next(waits, 0.5))
     segment(*arguments)
 slide._segment = slow
 result = cohort({str(slides)!r}, {str(output)!r}, model={str(model)!r}, workers=0, **{FAST!r})
@@ -98,7 +99,7 @@ def test_kill_9_of_everything_loses_only_the_slide_it_was_at(model, slides, refe
 
 def test_two_cohorts_at_once_never_write_one_slide(model, slides, reference, tmp_path):
     output = tmp_path / "out"
-    process = start(slides, output, model)
+    process = start(slides, output, model, first=10.0)
     wait_for(lambda: status(output, "s1") == "running", process)
     result = cohort(slides, output, model=model, workers=0, **FAST)
     other, _ = process.communicate(timeout=120)
@@ -167,10 +168,10 @@ def test_a_slide_that_is_lost_after_it_was_checked(model, slides, reference, tmp
 def test_an_error_that_nobody_expected_is_kept_with_its_traceback(model, slides, reference, tmp_path, monkeypatch):
     segment = slide_module._segment
 
-    def fail(run, job, settings):
+    def fail(run, job, settings, passes):
         if job.stem == "s1":
             raise ZeroDivisionError("by accident")
-        segment(run, job, settings)
+        segment(run, job, settings, passes)
 
     monkeypatch.setattr(slide_module, "_segment", fail)
     result = cohort(slides, tmp_path / "out", model=model, workers=0, **FAST)
@@ -184,8 +185,8 @@ def test_a_lock_that_is_lost_stops_its_slide_without_a_trace_in_its_state(model,
     """Another process took the slide over while this one was suspended: the state is the other's now."""
     segment, output = slide_module._segment, tmp_path / "out"
 
-    def overtaken(run, job, settings):
-        segment(run, job, settings)
+    def overtaken(run, job, settings, passes):
+        segment(run, job, settings, passes)
         if job.stem == "s1":
             lock = FolderLock(job.folder)
             holder = json.loads(lock.file.read_text())

@@ -281,6 +281,7 @@ def test_more_folds_before_are_said_to_be_of_no_use(cohort, finished, tmp_path, 
     assert predictions(tmp_path / "out") == predictions(finished)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_predictions(cohort, finished, tmp_path):
     run(cohort, tmp_path / "out", jobs=2)
     assert predictions(tmp_path / "out") == predictions(finished)

@@ -87,6 +87,7 @@ def test_torchrun_gives_the_weights_of_one_process(cohort, alone, tmp_path):
     assert len(client.get_metric_history(found.info.run_id, "loss")) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_continue_what_one_began(cohort, alone, tmp_path, monkeypatch):
     """The checkpoint of one process, interrupted after two epochs, and the command line with two."""
     import monai_vslp.workflows as workflows
@@ -112,6 +113,7 @@ def test_two_processes_continue_what_one_began(cohort, alone, tmp_path, monkeypa
     assert len(history(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_keeps_whole_epochs(cohort, tmp_path):
     program = (
         "import sys; from monai_vslp.cli import main; import monai_vslp.workflows as w\n"
@@ -137,6 +139,7 @@ def test_ctrl_c_ends_all_processes_and_keeps_whole_epochs(cohort, tmp_path):
     assert len(history(tmp_path / "run")) == epochs, "nobody trains on"
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_run_with_its_message(cohort, tmp_path, capfd):
     train(cohort, cohort.parent / "images", tmp_path / "run", epochs=1, progress=False, **TINY)
     with pytest.raises(RuntimeError, match="stands above"):

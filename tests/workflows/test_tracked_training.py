@@ -203,6 +203,7 @@ def wait_for_text(window, text, seconds=180):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_pages_of_the_server_show_run_and_model(tracked, registered, patient_server, tmp_path):
     client, run_id = mlflow.MlflowClient(patient_server.uri), known(tracked)["run_id"]

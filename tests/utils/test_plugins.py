@@ -102,6 +102,7 @@ def test_parts_of_every_kind_by_name(tmp_path):
     assert "mpp 1.0 True" in done.stdout and "differs True True" in done.stdout and "closer True" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_line_and_a_bundle_config(tmp_path):
     """``monai-vslp segment`` with the shipped weights, then the bundle's own inference with the same names."""
     from bundle_rules import BUNDLES, ROOT

@@ -378,6 +378,7 @@ print("EXTRA", resident("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     """2900 x 2900 px of three classes: the costs alone are 96 MiB, what the solver works in 460 MiB."""
     side = 2900

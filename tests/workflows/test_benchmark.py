@@ -151,6 +151,7 @@ def _count(monkeypatch, name, action=None):
 # ---- the way through -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_is_interrupted_and_goes_on_without_repeating(config, save, cohorts, tmp_path, monkeypatch):
     path, output = save(config), tmp_path / "out"
 

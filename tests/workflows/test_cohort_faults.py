@@ -97,6 +97,7 @@ def test_kill_9_of_everything_loses_only_the_slide_it_was_at(model, slides, refe
     check_same(output, reference)
 
 
+@pytest.mark.slow
 def test_two_cohorts_at_once_never_write_one_slide(model, slides, reference, tmp_path):
     output = tmp_path / "out"
     process = start(slides, output, model, first=10.0)

@@ -163,6 +163,7 @@ def test_two_workers_one_killed_give_the_same_bytes(done, model, slides, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_fewer_slides_than_workers_share_their_tiles_and_passes(done, model, slides, tmp_path):
     reference, _ = done
     header, *rows = slides.read_text().splitlines()

@@ -306,6 +306,7 @@ def test_nested_folds_choose_for_each_other(cohort, tmp_path):
     assert "wholly unseen" in (tmp_path / "out" / "cross_validation.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_runs_once(cohort, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = import_timm().create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)

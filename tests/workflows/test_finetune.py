@@ -102,6 +102,7 @@ def test_adapters_are_merged_into_what_segment_uses(cohort, weights, tmp_path):
     assert not segment([cohort.parent / "images" / "i0.png"], done, tmp_path / "out", progress=False, views="none")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_everything_on_continues_to_the_same_weights(cohort, weights, tmp_path, monkeypatch):
     from monai_vslp.handlers import RunCheckpoint
 

@@ -89,6 +89,7 @@ def test_inference_from_files_with_proportions(maps, tmp_path, regularizer):
         assert (expected != q.argmax(dim=0).numpy()).any()
 
 
+@pytest.mark.slow
 def test_a_slide_out_of_core_by_monais_command(maps, tmp_path):
     folder, _, _, p = maps
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs" / "slide_inference.json")]

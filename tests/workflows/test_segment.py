@@ -265,6 +265,7 @@ def test_wrong_words_are_explained(words, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_monai_bundle_run_executes_the_configs_of_a_run(cohort, model, tmp_path):
     """MONAI's own command segments a folder and evaluates it, with nothing of ours but the bundle folder."""
     out = tmp_path / "out"

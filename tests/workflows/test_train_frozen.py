@@ -75,6 +75,7 @@ def test_no_seed_changes_the_fit_without_jitter(cohort, local, finished, tmp_pat
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_it_ends_the_same(cohort, local, finished, tmp_path, monkeypatch):
     target = tmp_path / "run"
     calls = {"n": 0}

@@ -68,6 +68,7 @@ def test_train_then_segment_with_what_was_learned(copy, tmp_path):
     assert "energy change" in read_summary(tmp_path / "tv" / "i4")["reason"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(copy, tmp_path, monkeypatch):
     _, run = copy
     whole = shutil.copytree(run, tmp_path / "whole")

@@ -1,8 +1,13 @@
 """Shared settings of the tests."""
 
 import os
+import shutil
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# The test problems are small: more threads cost more than they give, and results should not depend on the machine. For processes
+# that tests start, too, and before torch is imported.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
 
 import pytest
 import torch
@@ -12,7 +17,6 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
-# The test problems are small: more threads cost more than they give, and results should not depend on the machine.
 torch.set_num_threads(1)
 
 
@@ -23,6 +27,16 @@ def mlflow_database(tmp_path_factory):
     path = tmp_path_factory.mktemp("mlflow_database") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="module")
+def one_mlflow_database(mlflow_database, tmp_path_factory):
+    """Trainings of a module that say nothing of tracking share a database, a copy: the empty one stays empty for the others."""
+    path = tmp_path_factory.mktemp("shared_tracking") / "mlflow.db"
+    shutil.copyfile(mlflow_database, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import monai_vslp
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["BUNDLE", "create_run", "plain_metadata", "read_config", "run_config", "template", "tracking_settings"]
+__all__ = ["BUNDLE", "NETWORK", "create_run", "plain_metadata", "read_config", "run_config", "template", "tracking_settings"]
 
 BUNDLE = "pathology_tissue_proportion_segmentation"
 CONFIGS = (
@@ -33,6 +33,20 @@ CONFIGS = (
 )
 # What the template says of the weights it ships does not hold for a run, whatever its values leave out.
 PLAIN: dict[str, Any] = {"backbone_kwargs": {}, "blocks": None, "window": 224, "mean": None, "std": None, "colors": None}
+# What a network is made of, in the configs of a bundle.
+NETWORK = (
+    "backbone",
+    "backbone_kwargs",
+    "blocks",
+    "magnifications",
+    "rank",
+    "head",
+    "hidden",
+    "context",
+    "window",
+    "mean",
+    "std",
+)
 TRACKING = "tracking.json"  # settings for MONAI's option --tracking
 
 

@@ -197,9 +197,7 @@ def segment_one(
         return {"status": "full", "reason": str(error), "errno": error.errno}
 
 
-def _attempt(
-    run: Path, job: SlideJob, settings: Mapping[str, Any], lock: FolderLock, passes: Passes | None
-) -> dict[str, Any]:
+def _attempt(run: Path, job: SlideJob, settings: Mapping[str, Any], lock: FolderLock, passes: Passes | None) -> dict[str, Any]:
     """One attempt under the lock.
 
     Raises:

@@ -11,25 +11,12 @@ from monai_vslp.data.images import check_images
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational.learned import ARCHITECTURE, WEIGHTS
-from monai_vslp.workflows.bundle import read_config, run_config, template
+from monai_vslp.workflows.bundle import NETWORK, read_config, run_config, template
 
 __all__ = ["PUBLISHED", "REGULARIZER", "has_regularizer", "train_regularizer"]
 
 REGULARIZER = "regularizer"  # folder inside a run
 CONFIG = "train_regularizer.json"
-NETWORK = (
-    "backbone",
-    "backbone_kwargs",
-    "blocks",
-    "magnifications",
-    "rank",
-    "head",
-    "hidden",
-    "context",
-    "window",
-    "mean",
-    "std",
-)  # of the first stage, as it was trained
 PUBLISHED: dict[str, Any] = {"features": 32, "macro_blocks": 3, "scales": 3, "steps": 10, "stopping_time": 5.0}
 
 

@@ -19,8 +19,8 @@ from monai_vslp.networks import ConfidenceNet, TTAConfidence
 from monai_vslp.transforms import LoadTissueImaged
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational import refine
-from monai_vslp.workflows.bundle import read_config
-from monai_vslp.workflows.regularizer import NETWORK, REGULARIZER
+from monai_vslp.workflows.bundle import NETWORK, read_config
+from monai_vslp.workflows.regularizer import REGULARIZER
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 

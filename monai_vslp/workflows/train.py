@@ -18,7 +18,7 @@ from monai_vslp.networks.backbone import load_weights
 from monai_vslp.networks.hub import is_folder, open_backbone
 from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError
-from monai_vslp.workflows.bundle import create_run, read_config, run_config, template
+from monai_vslp.workflows.bundle import NETWORK, create_run, read_config, run_config, template
 from monai_vslp.workflows.processes import check_processes, run_processes
 
 __all__ = ["FROM_SCRATCH", "RECIPES", "train"]
@@ -74,20 +74,6 @@ RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.json")))
 RECIPE = "recipe.json"  # its copy in a run
 FINETUNE = "finetune.json"  # overlay for a network that was trained before
-# What a network is made of, in the configs of a bundle.
-NETWORK = (
-    "backbone",
-    "backbone_kwargs",
-    "blocks",
-    "magnifications",
-    "rank",
-    "head",
-    "hidden",
-    "context",
-    "window",
-    "mean",
-    "std",
-)
 STEP = 0.05  # people estimate in multiples of it
 ROUND = "round{}"  # folders in models/; 0 is the fit to the proportions
 FIT = "fit{}"  # folders in models/ of the fits that were tried

@@ -12,6 +12,8 @@ from monai_vslp.workflows import fit_to_masks, run_benchmark, segment, train
 from monai_vslp.workflows.benchmark import plan_benchmark
 from monai_vslp.workflows.bound import token_targets
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 OPTIONS = {"backbone_kwargs": SMALL_BACKBONE, "blocks": [0, 1], "window": 32, "rank": 16, "hidden": 8, "epochs": 2}
 
 

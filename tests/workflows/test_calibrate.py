@@ -21,6 +21,8 @@ from monai_vslp.workflows import calibrate, read_calibration, segment, train
 from monai_vslp.workflows.bundle import read_config
 from monai_vslp.workflows.calibration import sample_logits
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 TINY = {
     "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "blocks": [0, 1],

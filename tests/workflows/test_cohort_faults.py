@@ -24,6 +24,8 @@ from monai_vslp.workflows.cohort_slide import SlideJob
 from monai_vslp.workflows.cohort_state import EventLog, SlideState
 from monai_vslp.workflows.executors import Call, Work, make_executor
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 cohort_module = importlib.import_module("monai_vslp.workflows.cohort")
 slide_module = importlib.import_module("monai_vslp.workflows.cohort_slide")
 

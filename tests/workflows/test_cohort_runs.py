@@ -26,6 +26,8 @@ from monai_vslp.workflows import segment
 from monai_vslp.workflows.cohort import cohort
 from monai_vslp.workflows.cohort_state import EventLog, SlideState, write_failed
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -21,6 +21,8 @@ from monai_vslp.utils.timm import import_timm
 from monai_vslp.workflows import segment, train
 from monai_vslp.workflows.bundle import read_config
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32}
 VIT = {"backbone": "vit_tiny_patch16_224", "backbone_kwargs": KWARGS, "blocks": [0, 2], "window": 32}
 SWIN = {

@@ -14,6 +14,8 @@ from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows import train
 from monai_vslp.workflows.bundle import read_config
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 TINY = {
     "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "blocks": [0, 1],
@@ -23,14 +25,6 @@ TINY = {
     "progress": False,
 }
 STILL = {"epochs": 2, "learning_rate": 1e-12, "progress": False, "batch_size": 3}  # so that weights are those of the start
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_database(tmp_path_factory, mlflow_database):
-    """For the tracking of all trainings: making one takes longer than they do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database}")
-        yield
 
 
 @pytest.fixture(scope="module")

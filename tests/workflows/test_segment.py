@@ -17,6 +17,8 @@ from monai_vslp.io import read_label_tiff, read_summary
 from monai_vslp.utils.errors import ImageReadError, InputError, ProportionError
 from monai_vslp.workflows import segment, train
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 TINY = {
     "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "blocks": [0, 1],

@@ -13,6 +13,8 @@ from monai_vslp.io import read_label_tiff, read_map_tiff, read_summary
 from monai_vslp.utils.errors import InputError, ProportionError
 from monai_vslp.workflows import segment, train
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 TINY = {
     "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "blocks": [0, 1],

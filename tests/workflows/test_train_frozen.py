@@ -14,6 +14,8 @@ from monai_vslp.workflows import segment, train
 from monai_vslp.workflows import train as train_workflow
 from monai_vslp.workflows.bundle import read_config
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 RECIPES = train_workflow.__globals__["RECIPES"]
 _estimated = train_workflow.__globals__["_estimated"]
 

@@ -11,8 +11,7 @@ from monai_vslp.cli import main
 from monai_vslp.io.summary import read_summary
 from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows import segment, train, train_regularizer
-from monai_vslp.workflows.bundle import read_config, template
-from monai_vslp.workflows.regularizer import NETWORK
+from monai_vslp.workflows.bundle import NETWORK, read_config, template
 
 QUICK = {
     "batches": 2,

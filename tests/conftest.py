@@ -4,10 +4,9 @@ import os
 import shutil
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# The test problems are small: more threads cost more than they give, and results should not depend on the machine. For processes
-# that tests start, too, and before torch is imported.
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
+# The test problems are small: more threads cost more than they give, and results should not depend on the machine. Said before
+# torch is imported, and for processes that tests start.
+os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
 
 import pytest
 import torch

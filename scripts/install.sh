@@ -15,7 +15,8 @@ if "${pip[@]}" install --quiet uv==0.13.9 2>/dev/null; then
     index="$(sed -n "s/^\(global\|:env:\)\.index-url='\(.*\)'$/\2/p" <<<"$settings" | tail -n 1)"
     if [ -n "$links" ]; then export UV_FIND_LINKS="$links"; fi
     if [ -n "$index" ]; then export UV_DEFAULT_INDEX="$index"; fi
-    if "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; then
+    # Compiled as pip does: where nobody may write there later, or PYTHONDONTWRITEBYTECODE is set, each start would take seconds more.
+    if "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; then
         exit 0
     fi
     echo "uv could not install this; pip tries." >&2

@@ -10,4 +10,6 @@ if [ "${1:-}" = --slow ]; then
     selection=()
     shift
 fi
+# Many tests start processes; where PYTHONDONTWRITEBYTECODE is set each would compile the package anew.
+"${VENV:-.venv}/bin/python" -m compileall -q monai_vslp tests
 exec "${VENV:-.venv}/bin/python" -m pytest -n auto "${selection[@]}" "$@"

@@ -43,6 +43,7 @@ def write_two_class_cohort(folder: Path, train=6, val=2, size=(64, 80)) -> Path:
 
 
 SMALL_BACKBONE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SMALL_NETWORK = {"backbone_kwargs": SMALL_BACKBONE, "blocks": [0, 1], "window": 32}  # values of a training's config
 
 
 def write_small_backbone(path: Path) -> Path:

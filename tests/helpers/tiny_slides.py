@@ -2,16 +2,12 @@
 
 from pathlib import Path
 
+from cases import SMALL_NETWORK
+
 from monai_vslp.data.synthetic import CLASSES, write_cohort, write_slide
 from monai_vslp.workflows import train
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-    "batch_size": 2,
-    "progress": False,
-}
+TINY = SMALL_NETWORK | {"batch_size": 2, "progress": False}
 FAST = {"tile": 256, "batch_size": 2, "views": "none", "progress": False}
 SAME = ("labels.tif", "labels_argmax.tif", "confidence.tif", "segmentation.tif", "segmentation.geojson")
 STEMS = ("s0", "s1", "s2", "s3")  # s1 is the largest

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import write_two_class_cohort
+from cases import SMALL_NETWORK, write_two_class_cohort
 from monai.bundle import ConfigParser
 
 from monai_vslp.data.synthetic import write_cohort
@@ -27,11 +27,7 @@ from monai_vslp.workflows.benchmark import plan_benchmark, run_benchmark
 from monai_vslp.workflows.bundle import create_run, read_config
 from monai_vslp.workflows.train import FROM_SCRATCH
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-}
+TINY = SMALL_NETWORK
 ORIGINALS = {name: getattr(benchmark, name) for name in ("train", "segment", "evaluate")}
 EXAMPLE = Path(__file__).parents[2] / "configs" / "benchmark_example.json"
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from cases import write_two_class_cohort
+from cases import SMALL_NETWORK, write_two_class_cohort
 from monai.bundle import ConfigParser
 
 from monai_vslp.cli import main
@@ -23,13 +23,7 @@ from monai_vslp.workflows.calibration import sample_logits
 
 pytestmark = pytest.mark.usefixtures("one_mlflow_database")
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-    "batch_size": 2,
-    "progress": False,
-}
+TINY = SMALL_NETWORK | {"batch_size": 2, "progress": False}
 CLASSES = ["pink", "purple"]
 
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from cases import write_two_class_cohort
+from cases import SMALL_BACKBONE, SMALL_NETWORK, write_two_class_cohort
 from monai.bundle import ConfigParser
 from safetensors.torch import save_file
 
@@ -21,18 +21,11 @@ from monai_vslp.utils.timm import import_timm
 from monai_vslp.workflows import cross_validate, score_predictions
 from monai_vslp.workflows.bundle import read_config
 
+pytestmark = pytest.mark.usefixtures("one_mlflow_database")
+
 module = cross_validate.__globals__
 TRAIN = module["train"]
-SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY = {"backbone_kwargs": SMALL, "blocks": [0, 1], "window": 32, "batch_size": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_database(tmp_path_factory):
-    """For the tracking of all trainings: making one takes longer than they do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
-        yield
+TINY = SMALL_NETWORK | {"batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +302,7 @@ def test_nested_folds_choose_for_each_other(cohort, tmp_path):
 @pytest.mark.slow
 def test_a_frozen_backbone_runs_once(cohort, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = import_timm().create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
+    model = import_timm().create_model("vit_tiny_patch16_224", num_classes=0, **SMALL_BACKBONE)
     save_file(model.state_dict(), str(tmp_path / "vit.safetensors"))
     options = {**TINY, "rank": 8, "hidden": 4, "epochs": 2, "rounds": 0, "weights": tmp_path / "vit.safetensors"}
     seen, forward, finish = [], TokenBackbone.forward, []

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from cases import write_two_class_cohort
+from cases import SMALL_NETWORK, write_two_class_cohort
 from monai.bundle import ConfigParser
 
 from monai_vslp.cli import main
@@ -17,13 +17,7 @@ from monai_vslp.workflows import train
 from monai_vslp.workflows.bundle import create_run, read_config
 from monai_vslp.workflows.train import FROM_SCRATCH
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-    "batch_size": 4,
-    "learning_rate": 3e-4,
-}
+TINY = SMALL_NETWORK | {"batch_size": 4, "learning_rate": 3e-4}
 
 
 @pytest.fixture(scope="module")

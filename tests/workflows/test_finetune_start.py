@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from cases import write_two_class_cohort
+from cases import SMALL_NETWORK, write_two_class_cohort
 from monai.bundle import ConfigWorkflow
 
 from monai_vslp.cli import main
@@ -16,14 +16,7 @@ from monai_vslp.workflows.bundle import read_config
 
 pytestmark = pytest.mark.usefixtures("one_mlflow_database")
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-    "batch_size": 3,
-    "epochs": 1,
-    "progress": False,
-}
+TINY = SMALL_NETWORK | {"batch_size": 3, "epochs": 1, "progress": False}
 STILL = {"epochs": 2, "learning_rate": 1e-12, "progress": False, "batch_size": 3}  # so that weights are those of the start
 
 

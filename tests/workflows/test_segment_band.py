@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tifffile
-from cases import write_two_class_cohort
+from cases import SMALL_NETWORK, write_two_class_cohort
 from PIL import Image
 
 from monai_vslp.cli import main
@@ -15,13 +15,7 @@ from monai_vslp.workflows import segment, train
 
 pytestmark = pytest.mark.usefixtures("one_mlflow_database")
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-    "batch_size": 2,
-    "progress": False,
-}
+TINY = SMALL_NETWORK | {"batch_size": 2, "progress": False}
 
 
 @pytest.fixture(scope="module")

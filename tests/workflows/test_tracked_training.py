@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from browser import browser, needs_browser
-from cases import write_two_class_cohort
+from cases import SMALL_NETWORK, write_two_class_cohort
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
@@ -21,14 +21,7 @@ from monai_vslp.workflows import segment, track_evaluation, train
 
 mlflow = pytest.importorskip("mlflow")
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-    "batch_size": 3,
-    "epochs": 2,
-    "progress": False,
-}
+TINY = SMALL_NETWORK | {"batch_size": 3, "epochs": 2, "progress": False}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from cases import write_two_class_cohort
+from cases import SMALL_NETWORK, write_two_class_cohort
 from monai.bundle import ConfigWorkflow
 
 from monai_vslp.networks import ConfidenceNet
@@ -16,12 +16,7 @@ from monai_vslp.utils.errors import ImageReadError, InputError
 from monai_vslp.workflows import train
 from monai_vslp.workflows.bundle import read_config, template
 
-TINY = {
-    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "blocks": [0, 1],
-    "window": 32,
-    "batch_size": 3,
-}
+TINY = SMALL_NETWORK | {"batch_size": 3}
 
 
 @pytest.fixture(scope="module")

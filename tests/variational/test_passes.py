@@ -105,6 +105,7 @@ def killed_once(window, last, mark, function, *args):
     return result
 
 
+@pytest.mark.slow
 def test_three_processes_give_the_bytes_of_one(maps, serial, tmp_path):
     with ProcessPasses(3) as passes:
         assert_same(refined(maps, tmp_path / "out.zarr", passes), serial)
@@ -121,6 +122,7 @@ def test_a_worker_of_two_is_killed_and_nothing_changes(maps, serial, tmp_path, t
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["marks", "out.zarr"]
 
 
+@pytest.mark.slow
 def test_one_process_gives_the_same_bytes_and_leaves_nothing_if_it_dies_too_often(maps, serial, tmp_path):
     (tmp_path / "marks").mkdir()
     with ProcessPasses(1, attempts=1) as passes:
@@ -131,6 +133,7 @@ def test_one_process_gives_the_same_bytes_and_leaves_nothing_if_it_dies_too_ofte
     assert [entry.name for entry in tmp_path.iterdir()] == ["marks"]
 
 
+@pytest.mark.slow
 def test_dask_gives_the_bytes_of_one_process(maps, serial, tmp_path):
     distributed = pytest.importorskip("distributed")
     with (

@@ -254,6 +254,7 @@ def test_a_local_folder_by_command_line_and_gone_when_segmenting(folder, cohort,
     assert torch.equal(network.backbone.model.patch_embed.proj.weight, file), "the folder's weights, which adapters leave alone"
 
 
+@pytest.mark.slow
 def test_a_hub_name_from_the_filled_cache_without_connection(folder, tmp_path):
     """The cache's own layout, in a process that may not go online."""
     import shutil

@@ -157,6 +157,7 @@ def test_bad_images_and_folders_are_refused_before_computing(cohort, tmp_path):
     assert (tmp_path / "other" / "models" / "model.pt").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_the_template_runs_with_monai_bundle_run(cohort, tmp_path):
     command = [
         sys.executable, "-m", "monai.bundle", "run", "--config_file", str(template() / "configs" / "pretrain.json"),

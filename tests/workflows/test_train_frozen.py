@@ -177,6 +177,7 @@ def test_impossible_options(cohort, local, tmp_path):
         run(cohort, local, tmp_path / "b", rounds=-1)
 
 
+@pytest.mark.slow
 def test_the_overlay_runs_with_monai_bundle_run(finished, tmp_path):
     target = tmp_path / "run"
     shutil.copytree(finished, target)

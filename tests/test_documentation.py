@@ -35,7 +35,7 @@ def test_every_command_is_one_of_the_program(page):
     for line in commands(page):
         if line.startswith("monai-vslp"):
             _parser().parse_args(shlex.split(line, comments=True)[1:])  # ends the process where it is not understood
-    for name in re.findall(r"`monai-vslp ([a-z-]+)", text):
+    for name in re.findall(r"`monai-vslp ([a-z-]+)[ `]", text):
         assert name in known, f"{page.name} speaks of 'monai-vslp {name}'"
     for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert "://" in path or (page.parent / path).exists(), f"{page.name} links to {path}"

@@ -21,10 +21,16 @@ WHERE = "import monai, monai_vslp; print(monai.__version__, monai_vslp.__file__)
 CUT_OFF = ["unshare", "-rn"]  # a process without any network interface but loopback, which is down
 
 
-def _call(*words, **settings):
+def _call(*words, cwd=None, **settings):
     settings = {"PYTHONNOUSERSITE": "1"} | settings
     return subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, timeout=600, env=os.environ | settings, check=False
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | settings,
+        cwd=cwd,
+        check=False,
     )
 
 
@@ -56,7 +62,9 @@ def test_both_bundles_run_without_a_network(series, site, tmp_path, request):
     path = [str(site)] if series == "installed" else [str(request.getfixturevalue("earlier")), str(site)]
     settings = {"PYTHONPATH": os.pathsep.join(path)}
     cut_off = CUT_OFF if shutil.which("unshare") and _call(*CUT_OFF, "true").returncode == 0 else []
-    where = _call(*cut_off, sys.executable, "-c", WHERE, **settings).stdout.split()
+    done = _call(*cut_off, sys.executable, "-c", WHERE, cwd=tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    where = done.stdout.split()
     assert where[-2] == (monai.__version__ if series == "installed" else EARLIER) and where[-1].startswith(str(site))
 
     tissue = synthetic_image((128, 128), seed=77_100, variants=VAL_VARIANTS)
@@ -71,7 +79,7 @@ def test_both_bundles_run_without_a_network(series, site, tmp_path, request):
         root = tmp_path / bundle
         words = ["--config_file", root / "configs/inference.json", "--meta_file", root / "configs/metadata.json"]
         words += ["--bundle_root", root, "--proportions", tmp_path / "t.csv", *more]
-        done = _call(*cut_off, sys.executable, "-m", "monai.bundle", "run", *words, **settings)
+        done = _call(*cut_off, sys.executable, "-m", "monai.bundle", "run", *words, cwd=tmp_path, **settings)
         assert done.returncode == 0, done.stderr[-3000:]
 
     run(BUNDLES[0], "--dataset_dir", tmp_path / "images", "--output_dir", tmp_path / "first")

@@ -1,6 +1,6 @@
 """tiatoolbox's semantic segmentor on a slide: run by ``slide_peer.py`` with the Python of another environment.
 
-python tiatoolbox_peer.py JSON    # see the keys below; prints one line of JSON: seconds, tiles, peak_gib, version
+python tiatoolbox_peer.py JSON    # see the keys below; prints one line of JSON: seconds, unsaved, tiles, peak_gib, version
 """
 
 from __future__ import annotations
@@ -46,6 +46,16 @@ class Peer(ModelABC):
             return model(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
+class Segmentor(SemanticSegmentor):
+    """Notes when all tiles are predicted, so that what saving takes can be told apart."""
+
+    predicted = 0.0
+
+    def save_predictions(self, *args, **kwargs):
+        self.predicted = time.perf_counter()
+        return super().save_predictions(*args, **kwargs)
+
+
 def main() -> None:
     task = json.loads(sys.argv[1])
     sys.path.insert(0, task["root"])
@@ -55,7 +65,7 @@ def main() -> None:
     torch.manual_seed(0)
     tile, stride, down = task["tile"], task["stride"], task["down"]
     model = Peer(ConfidenceNet(task["classes"]), down)
-    engine = SemanticSegmentor(model=model, batch_size=task["batch_size"], num_workers=task["workers"], verbose=False)
+    engine = Segmentor(model=model, batch_size=task["batch_size"], num_workers=task["workers"], verbose=False)
     config = IOSegmentorConfig(
         input_resolutions=[{"units": "baseline", "resolution": 1.0}],
         output_resolutions=[{"units": "baseline", "resolution": 1.0 / down}],
@@ -78,7 +88,9 @@ def main() -> None:
         seconds = time.perf_counter() - started
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
-    print(json.dumps({"seconds": seconds, "tiles": model.calls, "peak_gib": peak, "version": metadata.version("tiatoolbox")}))
+    unsaved = engine.predicted - started
+    found = {"seconds": seconds, "unsaved": unsaved, "tiles": model.calls, "peak_gib": peak}
+    print(json.dumps(found | {"version": metadata.version("tiatoolbox")}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from monai.utils import optional_import
 from monai_vslp.apps.label.service import LabelService
 from monai_vslp.apps.label.tasks import (
     NEEDED,
+    ProportionBatch,
     ProportionDatastore,
     ProportionInferTask,
     ProportionStrategy,
@@ -79,6 +80,15 @@ class ProportionLabelApp(MONAILabelApp):
     def init_strategies(self) -> dict[str, Any]:
         """``proportions``, and MONAI Label's ``random``."""
         return {"proportions": ProportionStrategy(self.service, self.label_file), "random": Random()}
+
+    def init_batch_infer(self) -> Any:
+        """Of all images that a model can take."""
+        return ProportionBatch(self.service)
+
+    def batch_infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """As MONAI Label's."""
+        self._check(request, self._infers, "model")
+        return self._answered(lambda: super(ProportionLabelApp, self).batch_infer(request, datastore))
 
     def image_id(self, path: str) -> str | None:
         """Id of the image at a path, None for one from elsewhere."""

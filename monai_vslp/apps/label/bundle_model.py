@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from monai.utils import optional_import
 
 from monai_vslp.data.confidences import CONFIDENCE_SUFFIXES, on_simplex, open_confidence
-from monai_vslp.data.images import read_image
+from monai_vslp.data.images import IMAGE_SUFFIXES, read_image
 from monai_vslp.data.inputs import content_mark
 from monai_vslp.data.slides import is_slide, open_slide
 from monai_vslp.io.regions import polygon_mask
@@ -99,6 +99,13 @@ class BundleModel:
         parts = [self.weights, self.folder / "configs", *([self.folder / REGULARIZER] if has_regularizer(self.folder) else [])]
         text = json.dumps([str(self.folder.absolute()), self.views, [content_mark(part) for part in parts]])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def takes(self, path: str | Path) -> bool:
+        """Whether a file is of a kind that the model reads, by its name."""
+        suffix = Path(path).suffix.lower()
+        if self.takes_confidences:
+            return suffix in (".npy", ".zarr")  # a TIFF in a folder of images is an image
+        return suffix in IMAGE_SUFFIXES or is_slide(path)
 
     def _parser(self, name: str) -> ConfigParser:
         config = read_config(self.folder, name)

@@ -15,13 +15,18 @@ from monai_vslp.apps.label.service import LabelService
 from monai_vslp.apps.label.training import train_items, training_stats
 from monai_vslp.data.proportion_file import PROPORTION_FILES
 
-__all__ = ["ProportionDatastore", "ProportionInferTask", "ProportionStrategy", "ProportionTrainTask"]
+__all__ = ["ProportionBatch", "ProportionDatastore", "ProportionInferTask", "ProportionStrategy", "ProportionTrainTask"]
 
 NEEDED = "{} is needed for the MONAI Label app: bash scripts/setup_label.sh"
 InferTask, _ = optional_import("monailabel.interfaces.tasks.infer_v2", name="InferTask", descriptor=NEEDED, as_type="base")
 TrainTask, _ = optional_import("monailabel.interfaces.tasks.train", name="TrainTask", descriptor=NEEDED, as_type="base")
+HTTPException, _ = optional_import("fastapi", name="HTTPException", descriptor=NEEDED, as_type="base")
 Strategy, _ = optional_import("monailabel.interfaces.tasks.strategy", name="Strategy", descriptor=NEEDED, as_type="base")
 LocalDatastore, _ = optional_import("monailabel.datastore.local", name="LocalDatastore", descriptor=NEEDED, as_type="base")
+
+BatchInferTask, _ = optional_import(
+    "monailabel.interfaces.tasks.batch_infer", name="BatchInferTask", descriptor=NEEDED, as_type="base"
+)
 
 TABLES = {Path(name).suffix for name in PROPORTION_FILES}
 MOST_COMPUTED = 16  # images that one request for the next sample runs through the network
@@ -82,6 +87,33 @@ class ProportionInferTask(InferTask):
             self.name, path, asked, self.image_id(path), self.label_file(path), request.get("default_result", "labels")
         )
         return None if file is None else str(file), numbers
+
+
+class ProportionBatch(BatchInferTask):
+    """Inference of many images; those that the model cannot take are left out, those that fail are told and passed over.
+
+    Args:
+        service: that serves the models.
+    """
+
+    def __init__(self, service: LabelService) -> None:
+        super().__init__()
+        self.service = service
+
+    def get_images(self, request: dict[str, Any], datastore: Any) -> list[str]:
+        """Images that the request means and the model can take."""
+        takes = self.service.model(request["model"]).takes
+        return [image for image in super().get_images(request, datastore) if takes(datastore.get_image_uri(image))]
+
+    def __call__(self, request: dict[str, Any], datastore: Any, infer: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        def attempt(one: dict[str, Any], store: Any) -> dict[str, Any]:
+            try:
+                return infer(one, store)
+            except HTTPException as error:
+                logger.warning("%s: %s", one["image"], error.detail)
+                return {"error": error.detail}
+
+        return super().__call__(request, datastore, attempt)
 
 
 class ProportionTrainTask(TrainTask):

@@ -12,6 +12,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     # "pip check" would complain; what is missing shows when the server and the app are imported.
     bash scripts/install.sh "$venv" --no-deps "$@" --requirement configs/constraints_label.txt
     bash scripts/install.sh "$venv" --no-deps "$@" --no-build-isolation --editable .
-    "$venv/bin/python" -c "import monai_vslp.apps.label.main, monailabel.app, monailabel.client" >/dev/null
+    # Written as bytecode too, whatever the environment says: the server then starts in a third of the time.
+    PYTHONDONTWRITEBYTECODE= "$venv/bin/python" -c "import monai_vslp.apps.label.main, monailabel.app, monailabel.client" >/dev/null
     echo "$wanted" >"$stamp"
 fi

@@ -67,7 +67,9 @@ class Client:
                 answer = json.loads(line.removeprefix("ANSWER "))
                 if "error" in answer:
                     raise RuntimeError(answer["error"])
-                return answer["found"]
+                found = answer["found"]
+                # Numbers without a file come as text.
+                return (found[0], json.loads(found[1])) if name == "infer" and isinstance(found[1], str) else found
         raise RuntimeError("the client ended")
 
     def close(self):
@@ -175,12 +177,12 @@ def test_a_moved_proportion_and_strokes_redraw_what_is_cached(client):
     stroke = {
         "type": "Feature",
         "geometry": {"type": "LineString", "coordinates": [[20, 20], [60, 40]]},
-        "properties": {"classification": {"name": "fat"}, "radius": 4},
+        "properties": {"classification": {"name": "fat"}, "radius": 2},
     }
     given = moved["proportions"]["given"]
     file, painted = client("infer", "tiny", "train_0001", {"proportions": given, "strokes": [stroke]})
     assert np.asarray(Image.open(file))[30, 40] == 1 + CLASSES.index("fat")
-    assert painted["strokes"]["pixels"] > 200 and painted["strokes"]["kept"] == 1 and painted["warm"]
+    assert painted["strokes"]["pixels"] > 150 and painted["strokes"]["kept"] == 1 and painted["warm"]
     assert list(painted["proportions"]["refined"].values()) == pytest.approx(expected, abs=1e-4)
 
 
@@ -311,6 +313,7 @@ def test_batches_of_images_are_segmented(url, studies):
     assert (studies / "labels" / "original" / "train_0000.png").is_file()
 
 
+@pytest.mark.slow
 def test_training_from_files_of_proportions(client, studies, tmp_path):
     """Labels are handed in, a process of its own trains, and the server serves what it left."""
     before = client("info")["models"]["tiny"]
@@ -326,10 +329,9 @@ def test_training_from_files_of_proportions(client, studies, tmp_path):
     network = numbers["proportions"]["network"]
     client("train_start", "tiny", {"epochs": 2, "batch_size": 2, "start": "model"})
     started = time.monotonic()
-    while client("train_status", check_if_running=True):
-        assert time.monotonic() < started + PATIENCE
+    while (status := client("train_status"))["status"] in ("SUBMITTED", "RUNNING"):
+        assert time.monotonic() < started + PATIENCE, status
         time.sleep(0.5)
-    status = client("train_status")
     assert status["status"] == "DONE", status["details"]
     stats = client("info")["train_stats"]["tiny"]
     assert stats["epochs"] == 2 and Path(stats["folder"]).name == "trained_1" and stats["best_proportion_error"] is not None

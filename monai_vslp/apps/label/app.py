@@ -160,6 +160,7 @@ class ProportionLabelApp(MONAILabelApp):
             known = self.service.known(name, Path(path), file)
         except InputError as error:
             self.datastore().remove_label(label_id, FINAL)
+            self.datastore().refresh()
             raise HTTPException(WRONG_INPUT, f"{error} The label was not kept.") from error
         shares = None if known.label is None else dict(zip(known.label.classes, known.label.mean.tolist()))
         return {"proportions": shares}

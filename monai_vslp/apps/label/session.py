@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from monai_vslp.apps.label.bundle_model import View
-from monai_vslp.apps.label.strokes import NOT_PAINTED, unary_costs
+from monai_vslp.apps.label.strokes import NOT_PAINTED, STROKE_COST, unary_costs
 from monai_vslp.transforms.refinement import TRUST_RULES, VariationalRefinement
 from monai_vslp.utils.errors import ProportionError
 from monai_vslp.variational import RefinementResult, image_edge_weight, refine
 
 __all__ = ["Session", "SessionCache", "Solution", "adjusted"]
 
+CORNER = 4.0  # boundary, px, that a painted pixel may cost the regularizer at most
 WARM_STEPS = 4  # proximal steps of an answer that starts from the last one
 PAINTED_START = 0.95  # of the painted class, where the last answer knew nothing of the stroke
 LARGEST_CACHE = 2**31  # bytes of all sessions
@@ -136,7 +137,9 @@ class Session:
             if nothing := [view.classes[k] for k in painted_classes if proportions[k] == 0]:
                 raise ProportionError(f"strokes paint {', '.join(nothing)}, whose proportion is 0; raise it, or erase them.")
         given, trust, limits = stage.terms(proportions, spread, bounds, self._own)
-        unary = None if painted is None else unary_costs(painted, classes)
+        # What is painted shall not give way to the regularizer, however strong that is.
+        cost = STROKE_COST + CORNER * stage.options.alpha / stage.pixel_size
+        unary = None if painted is None else unary_costs(painted, classes, cost)
         if stage.learned is not None:
             q = view.confidence if unary is None else (view.confidence * torch.exp(-unary)).clamp_min(1e-12)
             q = q / q.sum(dim=0)

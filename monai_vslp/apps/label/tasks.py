@@ -113,7 +113,8 @@ class ProportionBatch(BatchInferTask):
                 logger.warning("%s: %s", one["image"], error.detail)
                 return {"error": error.detail}
 
-        return super().__call__(request, datastore, attempt)
+        # The models choose their device; asked for several GPUs, MONAI Label divides by their number, which may be 0.
+        return super().__call__(request | {"multi_gpu": False}, datastore, attempt)
 
 
 class ProportionTrainTask(TrainTask):

@@ -60,6 +60,11 @@ def bundle(tmp_path_factory):
     return make_bundle(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    return write_slide(tmp_path_factory.mktemp("slides") / "s.tif", shape=(1152, 512)).path
+
+
 # ---- requests -----------------------------------------------------------------------------------------------------------
 
 
@@ -239,16 +244,15 @@ def test_a_service_finds_proportions_and_serves_what_was_trained(bundle, tmp_pat
         service.model("absent")
 
 
-def test_a_region_of_a_slide_has_its_tissue_and_its_scale(bundle, tmp_path):
-    made = write_slide(tmp_path / "s.tif", shape=(1152, 512))
+def test_a_region_of_a_slide_has_its_tissue_and_its_scale(bundle, slide, tmp_path):
     service = LabelService({"tiny": bundle}, tmp_path / "work")
-    view = service.model("tiny").view(made.path, [[[[100, 300], [356, 300], [356, 556], [100, 556], [100, 300]]]])
+    view = service.model("tiny").view(slide, [[[[100, 300], [356, 300], [356, 556], [100, 556], [100, 300]]]])
     assert view.downsample == 2 and view.mpp == pytest.approx(1.0) and view.origin == (100, 300)
     assert view.confidence.shape == (5, 128, 128) and view.image.shape == (3, 128, 128) and 0 < view.mass.mean() <= 1
     with pytest.raises(InputError, match="outside s.tif.*up to"):
-        service.model("tiny").view(made.path, [[[[9000, 9000], [9100, 9000], [9100, 9100], [9000, 9000]]]])
+        service.model("tiny").view(slide, [[[[9000, 9000], [9100, 9000], [9100, 9100], [9000, 9000]]]])
     with pytest.raises(InputError, match="strokes correct a region"):
-        service.answer("tiny", made.path, {"strokes": feature("Point", [1, 2])})
+        service.answer("tiny", slide, {"strokes": feature("Point", [1, 2])})
 
 
 # ---- ranking and training -----------------------------------------------------------------------------------------------
@@ -256,12 +260,12 @@ def test_a_region_of_a_slide_has_its_tissue_and_its_scale(bundle, tmp_path):
 
 def test_what_fits_worst_comes_first(tmp_path):
     fits = [
-        Fit("b", [0.5, 0.5], [0.45, 0.55], NAMES[:2]),
-        Fit("c", [0.9, 0.1], [0.2, 0.8], NAMES[:2]),
-        Fit("a", [0.5, 0.5], [0.55, 0.45], NAMES[:2]),
+        Fit("b", [0.5, 0.4, 0.1], [0.45, 0.45, 0.1], NAMES),
+        Fit("c", [0.9, 0.1, 0.0], [0.2, 0.6, 0.2], NAMES),
+        Fit("a", [0.5, 0.4, 0.1], [0.5, 0.35, 0.15], NAMES),
     ]
     assert [fit.image for fit in rank_fits(fits)] == ["c", "a", "b"]
-    assert fits[1].difference == pytest.approx(0.7) and fits[1].worst == "tumour"
+    assert fits[1].difference == pytest.approx(1.4 / 3) and fits[1].worst == "tumour"
     store = FitStore(tmp_path / "fits")
     store.put("x/y", "mark", [0.25, 0.75])
     assert store.get("x/y", "mark") == [0.25, 0.75] and store.get("x/y", "other") is None and store.get("z", "mark") is None
@@ -286,10 +290,9 @@ def test_labels_become_the_table_of_a_training(tmp_path):
     assert len(read_cohort(items_to_table(tmp_path / "t.csv", items, NAMES, 0.0), tmp_path, NAMES).split("val")) == 0
 
 
-def test_labels_that_cannot_be_trained_from_are_refused(tmp_path):
+def test_labels_that_cannot_be_trained_from_are_refused(slide, tmp_path):
     with pytest.raises(InputError, match="no image has a label"):
         items_to_table(tmp_path / "t.csv", [], NAMES)
-    slide = write_slide(tmp_path / "s.tif", shape=(512, 256)).path
     (tmp_path / "s.csv").write_text("image,tumour,stroma,fat\ns.tif,60,30,10\n")
     with pytest.raises(InputError, match="training takes images, and s.tif is a slide"):
         items_to_table(tmp_path / "t.csv", [{"image": str(slide), "label": str(tmp_path / "s.csv")}], NAMES)

@@ -200,13 +200,19 @@ class BundleModel:
         if found is None or not found[0].any():
             sides = [round(shape[1] * downsample), round(shape[0] * downsample)]
             raise InputError(f"the region lies outside {path.name}; its corners are level-0 [x, y] px up to {sides}.")
-        size = found[0].size
+        mask, (rows, cols) = found
+        inside = [np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0)]
+        spans = [slice(int(places[0]), int(places[-1]) + 1) for places in inside]
+        mask = mask[spans[0], spans[1]]
+        rows = slice(rows.start + spans[0].start, rows.start + spans[0].stop)
+        cols = slice(cols.start + spans[1].start, cols.start + spans[1].stop)
+        size = mask.size
         if size > LARGEST_REGION:
             raise InputError(
                 f"the region has {size:.2g} px at the network's resolution, more than {LARGEST_REGION:.2g}, which are "
                 "worked on at once. Choose a smaller one, or ask for the whole slide: leave region and size out."
             )
-        return found
+        return mask, (rows, cols)
 
     def _confidence_view(self, path: Path, region: list[Any] | None, mpp: float | None) -> View:
         if path.suffix not in CONFIDENCE_SUFFIXES:

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from cases import noisy_confidence
 from label_models import make_bundle
@@ -253,6 +254,21 @@ def test_a_region_of_a_slide_has_its_tissue_and_its_scale(bundle, slide, tmp_pat
         service.model("tiny").view(slide, [[[[9000, 9000], [9100, 9000], [9100, 9100], [9000, 9000]]]])
     with pytest.raises(InputError, match="strokes correct a region"):
         service.answer("tiny", slide, {"strokes": feature("Point", [1, 2])})
+
+
+def test_a_slide_with_other_proportions_is_only_refined_again(bundle, slide, tmp_path):
+    """Tiles stay; energies come as a pyramid of two channels; a move starts from the proportions of the answer before."""
+    service = LabelService({"tiny": bundle}, tmp_path / "work")
+    with pytest.raises(InputError, match="ask for s.tif without it first"):
+        service.answer("tiny", slide, {"move": {"fat": 0.3}})
+    first = service.answer("tiny", slide, {"proportions": [20] * 5, "result": "none"})[1]
+    file, second = service.answer("tiny", slide, {"move": {"fat": 0.4}, "result": "layers"})
+    assert second["proportions"]["given"] == pytest.approx(dict(zip(CLASSES, [0.15] * 4 + [0.4])))
+    assert second["proportions"]["refined"]["fat"] == pytest.approx(0.4, abs=1e-3)
+    assert second["seconds"]["network"] == first["seconds"]["network"]
+    energies = tifffile.imread(file)
+    assert energies.shape == (2, 144, 64) and energies.dtype == np.float32 and np.isfinite(energies).all()
+    file.unlink()
 
 
 # ---- ranking and training -----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from monai_vslp.variational import RefinementResult, image_edge_weight, refine
 __all__ = ["Session", "SessionCache", "Solution", "adjusted"]
 
 CORNER = 4.0  # boundary, px, that a painted pixel may cost the regularizer at most
-WARM_STEPS = 4  # proximal steps of an answer that starts from the last one
+WARM_STEPS = 3  # proximal steps of an answer that starts from the last one
 PAINTED_START = 0.95  # of the painted class, where the last answer knew nothing of the stroke
 LARGEST_CACHE = 2**31  # bytes of all sessions
 

@@ -248,6 +248,17 @@ def test_the_script_for_qupath_is_answered(url):
         assert corners.min(axis=0)[1] >= 198 and (corners.max(axis=0) <= (452, 702)).all()
 
 
+def test_the_examples_of_the_guide_run(url):
+    """The Python of docs/label.md, but for the training, which has a test of its own."""
+    text = (REPOSITORY / "docs" / "label.md").read_text()
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "train_start" not in block]
+    assert len(blocks) == 2
+    code = "".join(blocks).replace("http://127.0.0.1:8000", url).replace("case_1", "train_0002").replace('"run"', '"tiny"')
+    words = [str(PYTHON), "-c", f"{code}\nprint(numbers['strokes']['kept'], numbers['warm'])"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "1.0 True", done.stderr[-2000:] + done.stdout
+
+
 def test_the_other_bundle_refines_confidences(client):
     """Its image is a file of another network's logits; the learned regularizer is the bundle's."""
     _, numbers = client("infer", "refinement", "other", {"proportions": list(SHARES.values())})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -99,6 +100,7 @@ def test_regions_come_as_rectangles_or_polygons():
         ({"region": feature("Point", [1, 2])}, "expected a Polygon"),
         ({"region": {"type": "Polygon", "coordinates": [1]}}, "corners are level-0"),
         ({"size": [0, 10]}, "size must be above 0"),
+        ({"label": "/tmp/scribbles.png"}, "corrections are sent as strokes"),
         ({"cold": "yes"}, "cold is true or false"),
     ],
 )
@@ -325,6 +327,12 @@ def test_the_command_is_printed(bundle, tmp_path, capsys):
     command, environment = label_command([bundle], tmp_path / "studies", work=tmp_path / "work", views="none")
     assert json.loads(command[command.index("models") + 1]) == {"tiny": str(bundle)} and command[-1] == "none"
     assert {"*.png", "*.svs", "*.csv"} <= set(json.loads(environment["MONAI_LABEL_DATASTORE_FILE_EXT"]))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("monailabel") is not None, reason="MONAI Label is in this environment")
+def test_without_monai_label_the_command_says_how_to_get_it(bundle, tmp_path, capsys):
+    assert main(["label", "--model", str(bundle), "--studies", str(tmp_path)]) == 2
+    assert "bash scripts/setup_label.sh" in capsys.readouterr().err
 
 
 def test_models_that_cannot_be_served_are_refused(bundle, tmp_path, capsys):

@@ -58,9 +58,7 @@ class ProportionLabelApp(MONAILabelApp):
         )
 
     def init_datastore(self) -> Any:
-        """The folder of images; remote datastores as MONAI Label has them."""
-        if self.studies.startswith(("http://", "https://")):
-            return super().init_datastore()
+        """The folder of images."""
         return ProportionDatastore(
             self.studies,
             extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,

@@ -127,6 +127,8 @@ def parse_request(request: Mapping[str, Any], classes: Sequence[str], default_re
         near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=LIKE)
         if near and key not in KEYS:
             raise InputError(f"the request has {key!r}; did you mean {near[0]!r}? There are {', '.join(KEYS)}.")
+    if request.get("label") is not None:
+        raise InputError("a mask was uploaded as label; corrections are sent as strokes (GeoJSON in the parameter 'strokes').")
     given, move = request.get("proportions"), request.get("move")
     unknown = isinstance(given, str) and given.lower() in ("unknown", "none")
     label = None if given is None or unknown else _proportions(given, classes)

@@ -48,6 +48,7 @@ setup(
     package_data={
         "monai_vslp._bundles": ["**/*"],
         "monai_vslp.apps.deploy": ["app.yaml", "requirements.txt"],
+        "monai_vslp.apps.label": ["qupath/*"],
         "monai_vslp.io": ["assets/*"],
         "monai_vslp.recipes": ["*.json"],
     },

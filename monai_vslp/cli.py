@@ -285,6 +285,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument("--jobs", type=int, default=1, metavar="N", help="tasks at a time (default: 1)")
 
+    label = commands.add_parser("label", help="start a MONAI Label server for bundles and a folder of images and slides")
+    label.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="[NAME=]RUN",
+        help="bundle folder of 'train', or one that ships with the package; repeatable",
+    )
+    label.add_argument("--studies", type=Path, required=True, metavar="DIR", help="folder of images and slides")
+    label.add_argument("--work", type=Path, metavar="DIR", help="what the server writes (default: .monai_vslp in DIR)")
+    label.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine's own alone)")
+    label.add_argument("--port", type=int, default=8000)
+    label.add_argument("--tta", choices=TTA_GROUPS.names, help="test-time views (default: each bundle's)")
+    label.add_argument("--print", action="store_true", help="only print the command")
+
     report = commands.add_parser("report", help="write the HTML reports anew")
     report.add_argument("output", type=Path, metavar="OUT")
     return parser
@@ -478,6 +493,15 @@ def _run(options: argparse.Namespace) -> int:
         from monai_vslp.apps.mlflow_model import register
 
         print(f"Registered: {register(options.model, options.name, options.tracking_uri)}")
+    elif options.command == "label":
+        from monai_vslp.apps.label.start import label_command, shell_line, start_label
+
+        command, environment = label_command(
+            options.model, options.studies, work=options.work, host=options.host, port=options.port, views=options.tta
+        )
+        print(shell_line(command, environment))
+        if not options.print:
+            start_label(command, environment)
     elif options.command == "send-tracking":
         from monai_vslp.handlers.tracked_run import send_kept
 

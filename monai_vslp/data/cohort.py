@@ -233,6 +233,7 @@ def read_cohort(
     image_dir: str | Path | None = None,
     classes: Sequence[str] | None = None,
     check_files: bool = True,
+    warn: bool = True,
 ) -> Cohort:
     """Read and check a table ``image,split,patient,<one column per class>``.
 
@@ -245,6 +246,7 @@ def read_cohort(
         image_dir: folder that image names are relative to; the table's own folder by default.
         classes: expected classes, in the order wanted; None takes the columns of the table.
         check_files: require the image files to exist.
+        warn: log what is allowed but often a mistake.
 
     Raises:
         InputError: lists what is wrong with row, column and value.
@@ -255,7 +257,8 @@ def read_cohort(
     if found.problems:
         listed = _listing(found.problems, MOST_PROBLEMS, chr(10) + "  ")
         raise InputError(f"table {table} has {len(found.problems)} problem(s):\n  {listed}")
-    _warn(found.cohort)
+    if warn:
+        _warn(found.cohort)
     return found.cohort
 
 

@@ -299,6 +299,20 @@ def _polygons(output: SegmentationOutput) -> dict[str, Any]:
     )
 
 
+@WRITERS.add_def("energies", "energies per pixel as OME-TIFF, float32 in nats, those of slides as pyramids")
+def _write_energy_maps(folder: Path, output: SegmentationOutput) -> list[Path]:
+    both = Derived(
+        lambda *parts: np.stack(parts).astype(np.float32),
+        output.fidelity,
+        output.regularization,
+        dtype=np.float32,
+        leading=(2,),
+    )
+    names = ["fidelity energy", "regularization energy"]
+    options = {"mpp": output.mpp, "pyramid": output.kind == "slide"}
+    return [write_ome_tiff(folder / "energies.tif", both, channels=names, **options)]
+
+
 @WRITERS.add_def("geojson", "labels as polygons for QuPath")
 def _write_polygons(folder: Path, output: SegmentationOutput) -> list[Path]:
     return [write_geojson(folder / "segmentation.geojson", _polygons(output))]

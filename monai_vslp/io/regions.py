@@ -13,7 +13,7 @@ from monai.utils import optional_import
 
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["PIECE", "region_masks"]
+__all__ = ["PIECE", "polygon_mask", "region_masks"]
 
 draw, _ = optional_import("skimage.draw")
 ndimage, _ = optional_import("scipy.ndimage")
@@ -52,10 +52,19 @@ def _named(path: Path) -> dict[str, list[Any]]:
     return found
 
 
-def _polygon_mask(
+def polygon_mask(
     parts: Sequence[Any], downsample: float, shape: tuple[int, int]
 ) -> tuple[np.ndarray, tuple[slice, slice]] | None:
-    """Pixels whose centre lies in one of the polygons, and the rectangle around them."""
+    """Pixels whose centre lies in one of the polygons, and the rectangle around them.
+
+    Args:
+        parts: polygons, lists of rings of ``(x, y)``; holes are further rings.
+        downsample: units of the corners per px of the mask.
+        shape: ``(H, W)`` in px.
+
+    Returns:
+        Mask, bool, and the rows and columns that it covers; None where the polygons lie outside.
+    """
     corners = np.concatenate([np.asarray(ring, dtype=float)[:, :2] for part in parts for ring in part]) / downsample
     left, top = np.maximum(np.floor(corners.min(axis=0)).astype(int), 0)
     right, bottom = np.minimum(np.ceil(corners.max(axis=0)).astype(int) + 1, (shape[1], shape[0]))
@@ -128,7 +137,7 @@ def region_masks(
         if name not in polygons:
             known = ", ".join(repr(other) for other in sorted(polygons)) or "none with a name"
             raise InputError(f"{path} has no region {name!r} that the table names; it has {known}.")
-        covered = _polygon_mask(polygons[name], downsample, shape)
+        covered = polygon_mask(polygons[name], downsample, shape)
         if covered is None:
             raise InputError(f"region {name!r} of {path} lies outside the slide; its corners are level-0 (x, y).")
         found[name] = covered

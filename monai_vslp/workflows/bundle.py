@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigWorkflow
+from monai.utils import optional_import
 
 import monai_vslp
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import InputError
 
 __all__ = ["BUNDLE", "NETWORK", "create_run", "plain_metadata", "read_config", "run_config", "template", "tracking_settings"]
+
+_, has_mlflow = optional_import("mlflow")
+
+logger = logging.getLogger(__name__)
 
 BUNDLE = "pathology_tissue_proportion_segmentation"
 CONFIGS = (
@@ -127,7 +132,7 @@ def run_config(run: Path, name: str | Sequence[str], /, track: bool = False, **o
     Args:
         run: bundle folder.
         name: of the config, or of several, the first with overlays behind it.
-        track: track a training in MLflow, with the settings of the bundle folder.
+        track: track a training in MLflow, with the settings of the bundle folder; where MLflow is not installed, only say so.
         **overrides: values of the config, by their ids.
 
     Raises:
@@ -136,12 +141,14 @@ def run_config(run: Path, name: str | Sequence[str], /, track: bool = False, **o
     for noisy in ("ignite.engine.engine", "monai.bundle.workflows"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # they report what is raised anyway, and a choice made here
     names = [name] if isinstance(name, str) else list(name)
+    if track and not has_mlflow:
+        logger.warning("MLflow is not installed (pip install 'monai_vslp[tracking]'): this training is not tracked.")
     try:
         workflow = ConfigWorkflow(
             config_file=[str(run / "configs" / one) for one in names],
             meta_file=str(run / "configs" / "metadata.json"),
             logging_file=False,
-            tracking=str(tracking_settings(run)) if track else None,
+            tracking=str(tracking_settings(run)) if track and has_mlflow else None,
             workflow_type="inference" if names[0].startswith(("inference", "slide", "evaluate")) else "train",
             bundle_root=str(run),
             **overrides,

@@ -137,6 +137,7 @@ class SlidePipeline:
         source_mpp: float | None = None,
         fingerprint: str | None = None,
         passes: Passes | None = None,
+        keep_maps: bool = False,
     ) -> Path:
         """
         Args:
@@ -150,6 +151,7 @@ class SlidePipeline:
             source_mpp: µm per level-0 px, where the file does not say.
             fingerprint: names network and settings; tiles of another one are not reused.
             passes: who makes the passes of the variational solver; this process by default.
+            keep_maps: leave the maps of confidences in the folder, so that a call with other proportions only refines.
 
         Returns:
             Path of ``summary.json``.
@@ -180,7 +182,8 @@ class SlidePipeline:
         write_manifest(folder)
         shutil.rmtree(folder / WORK / REFINED, ignore_errors=True)
         (folder / WORK / "refined.json").unlink(missing_ok=True)
-        maps.clear()
+        if not keep_maps:
+            maps.clear()
         return written
 
     def _output(

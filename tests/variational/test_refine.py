@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import minimize as scipy_minimize
 
 from monai_vslp.utils.errors import InputError, ProportionError
-from monai_vslp.variational import AssignmentFidelity, HuberTotalVariation, assignment_cost, refine
+from monai_vslp.variational import AssignmentFidelity, HuberTotalVariation, assignment_cost, image_edge_weight, refine
 
 
 def noisy_map(seed=0, size=(64, 80), classes=3, noise=1.5):
@@ -235,3 +235,15 @@ def test_assignment_fidelity_against_its_formula():
     expected = torch.tensor([-math.log(0.6) + 0.3 * entropy, -math.log(1.0)], dtype=torch.float64)
     torch.testing.assert_close(fidelity.energy_map(u, u.log()), expected)
     assert fidelity.value(u, u.log()) == pytest.approx(float((expected * mass).sum()))
+
+
+def test_a_price_of_boundaries_may_be_given_in_place_of_the_image():
+    """As that of the image's edges it gives the same map; it must fit and be positive."""
+    q, _, p = noisy_map(size=(48, 56))
+    image = torch.rand(3, 48, 56, generator=torch.Generator().manual_seed(3))
+    weight = image_edge_weight(image, 1.0)
+    expected, got = refine(q, p, image=image, alpha=1.0), refine(q, p, weight=weight, alpha=1.0)
+    assert torch.equal(got.u, expected.u) and not torch.equal(got.u, refine(q, p, alpha=1.0).u)
+    for wrong in (-weight, weight * torch.nan, weight[1:]):
+        with pytest.raises(InputError, match="weight must"):
+            refine(q, p, weight=wrong, alpha=1.0)

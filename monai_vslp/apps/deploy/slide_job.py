@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monai_vslp.data.cohort import read_cohort, write_table
+from monai_vslp.data.cohort import write_table
+from monai_vslp.data.proportion_file import (
+    PROPORTION_FILES,
+    find_proportion_file,
+    read_proportion_file,
+    read_proportion_json,
+)
 from monai_vslp.data.slides import SLIDE_SUFFIXES, is_slide, open_slide
 from monai_vslp.io.summary import SUMMARY_NAME
 from monai_vslp.utils.errors import InputError, SlideError
@@ -20,8 +25,6 @@ from monai_vslp.workflows.segment import segment
 __all__ = ["FORMATS", "SlideJob", "find_model", "find_slide", "prepare", "run_job"]
 
 FORMATS = ("dicom_seg", "geojson", "table", "viewer")  # always written, beside those of the model's config
-TABLES = ("proportions.csv", "proportions.xlsx", "proportions.json")
-KEYS = ("proportions", "mpp", "slide")  # of the JSON
 SLIDE_CONFIG = "slide_inference.json"
 MOST_NAMES = 5
 
@@ -123,47 +126,6 @@ def find_model(source: str | Path) -> Path:
     return found[0]
 
 
-def _find_table(slide: Path) -> Path | None:
-    """The file with the proportions, beside the slide or, of a slide that is a folder, in it."""
-    folders = [slide.parent, *([slide] if slide.is_dir() else [])]
-    names = [*TABLES, *(f"{slide.stem}{Path(name).suffix}" for name in TABLES)]
-    found = [folder / name for folder in folders for name in dict.fromkeys(names) if (folder / name).is_file()]
-    if len(found) > 1:
-        raise InputError(f"several files give proportions of {slide.name}: {', '.join(map(str, found))}; leave one.")
-    return found[0] if found else None
-
-
-def _read_json(path: Path, slide: Path, classes: list[str]) -> dict[str, Any]:
-    """A row of a table from ``{"proportions": {class: 60}, "mpp": 0.25, "slide": "name"}``, all of it but one optional."""
-    shape = f'{{"proportions": {{"{classes[0]}": 60, …}}, "mpp": 0.25}}'
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is no JSON ({error}); expected {shape}.") from error
-    if not isinstance(content, dict) or not content or (unknown := set(content) - set(KEYS)):
-        unknown = f" (unknown: {', '.join(sorted(unknown))})" if isinstance(content, dict) and content else ""
-        raise InputError(f"{path} must hold an object of {', '.join(KEYS)}{unknown}; expected {shape}.")
-    named = content.get("slide")
-    if named is not None and named not in (slide.name, slide.stem):
-        raise InputError(f"{path} is about the slide {named!r}, but the slide is {slide.name!r}; which of them is wrong?")
-    shares = content.get("proportions") or {}
-    if not isinstance(shares, dict) or (unknown := sorted(set(shares) - set(classes))):
-        wrong = f"{', '.join(unknown)} not among them" if isinstance(shares, dict) else f"got {shares!r}"
-        raise InputError(f"{path}: proportions are an object of the classes {', '.join(classes)}; {wrong}.")
-    return {"image": slide.name, "split": "test", "mpp": content.get("mpp"), **shares}
-
-
-def _check_table(table: Path, slide: Path, classes: list[str]) -> float | None:
-    """Whether a table says what can be understood of the slide; its µm/px of it, None where it says none.
-
-    Raises:
-        InputError: what is wrong, or no row of the slide.
-    """
-    cohort = read_cohort(table, slide.parent, classes, check_files=False)
-    label = cohort.lookup(slide)
-    return next((record.mpp for record in cohort.records if record.proportions is label and record.stem == slide.stem), None)
-
-
 def prepare(source: str | Path, model: str | Path) -> SlideJob:
     """Find slide, model and proportions, and look at all of them, so that what is wrong is said before anything is computed.
 
@@ -178,16 +140,13 @@ def prepare(source: str | Path, model: str | Path) -> SlideJob:
     """
     run, slide = find_model(model), find_slide(source)
     config = read_config(run, SLIDE_CONFIG)
-    classes, table = list(config["classes"]), _find_table(slide)
+    classes, table = list(config["classes"]), find_proportion_file(slide)
     row: dict[str, Any] = {}
     mpp = None
     if table is not None:
+        mpp = read_proportion_file(table, slide, classes).mpp
         if table.suffix == ".json":
-            row = _read_json(table, slide, classes)
-            with tempfile.TemporaryDirectory() as folder:
-                mpp = _check_table(write_table(Path(folder) / TABLES[0], [row], classes), slide, classes)
-        else:
-            mpp = _check_table(table, slide, classes)
+            row = read_proportion_json(table, slide, classes)
     try:
         open_slide(slide, config.get("reader", "auto"), mpp).close()
     except SlideError as error:
@@ -220,7 +179,7 @@ def run_job(job: SlideJob, output: str | Path, progress: bool = False) -> Path:
         table = job.table
         if job.row:
             classes = list(read_config(job.model, SLIDE_CONFIG)["classes"])
-            table = write_table(Path(folder) / TABLES[0], [job.row], classes)
+            table = write_table(Path(folder) / PROPORTION_FILES[0], [job.row], classes)
         failures = segment(
             [job.slide], job.model, output, proportions=table, mpp=job.mpp, formats=list(job.formats), progress=progress
         )

@@ -22,7 +22,7 @@ from monai_vslp.data.synthetic import CLASSES, COLORS, VAL_VARIANTS, synthetic_i
 from monai_vslp.transforms import VariationalRefinementd
 from monai_vslp.variational import energy_report, refine
 
-SIDE = 192  # px
+SIDE = 128  # px
 
 
 def my_model(steps: int, seed: int = 0) -> torch.nn.Module:
@@ -31,7 +31,7 @@ def my_model(steps: int, seed: int = 0) -> torch.nn.Module:
     images = [synthetic_image((SIDE, SIDE), seed=seed) for seed in range(8)]
     x = torch.stack([torch.from_numpy(one.image).movedim(-1, 0) / 255 for one in images])
     y = torch.stack([torch.from_numpy(one.mask).long() for one in images])
-    net = BasicUNet(spatial_dims=2, in_channels=3, out_channels=len(CLASSES), features=(16, 16, 32, 64, 64, 16))
+    net = BasicUNet(spatial_dims=2, in_channels=3, out_channels=len(CLASSES), features=(8, 8, 16, 32, 32, 8))
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(steps):
         chosen = torch.randint(len(x), (2,))
@@ -57,8 +57,9 @@ def refine_my_model(output: Path, steps: int = 120) -> dict[str, float]:
     tissue = synthetic_image((SIDE, SIDE), [0.4, 0.3, 0.2, 0.1, 0.0], seed=99, variants=VAL_VARIANTS)
     proportions = tissue.proportions  # what the report says
     image = torch.from_numpy(tissue.image).movedim(-1, 0)
+    network = my_model(steps)
     with torch.no_grad():
-        confidence = my_model(steps)(image[None] / 255)[0].softmax(dim=0)  # [C, H, W], on the simplex
+        confidence = network(image[None] / 255)[0].softmax(dim=0)  # [C, H, W], on the simplex
 
     # 1. A call. The image lends its edges; without proportions the map is only smoothed.
     result = refine(confidence, proportions, image=image, alpha=4.0)

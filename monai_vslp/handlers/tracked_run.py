@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 # mlflow reads these when it is imported, which MONAI's handlers do.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 import numpy as np
-from monai.utils import optional_import, path_to_sqlite_uri, path_to_uri
+from monai.utils import optional_import, path_to_uri
 
 from monai_vslp.utils.atomic import write_json
 from monai_vslp.utils.errors import InputError
@@ -38,6 +39,11 @@ PARENT_TAG = "mlflow.parentRunId"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the pages show what chat bots need
 
 logger = logging.getLogger(__name__)
+
+
+def _sqlite_uri(path: Path) -> str:
+    """The address of a database file for MLflow; MONAI has a function for it only from 1.6 on."""
+    return f"sqlite:///{quote(path.absolute().as_posix(), safe='/:')}"
 
 
 def _key(name: str) -> str:
@@ -141,7 +147,7 @@ class TrackedRun:
         strict: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        self.local = path_to_sqlite_uri(self.folder / DATABASE)
+        self.local = _sqlite_uri(self.folder / DATABASE)
         self.wanted = uri or os.environ.get("MLFLOW_TRACKING_URI") or self.local
         self.uri = self.wanted
         self.experiment = experiment
@@ -469,7 +475,7 @@ def send_kept(folder: str | Path) -> list[str]:
         known = _read_known(path.parent)
         if known.get("kept") is None:
             continue
-        local = connect(path_to_sqlite_uri(path.parent / DATABASE))
+        local = connect(_sqlite_uri(path.parent / DATABASE))
         try:
             kept = local.get_run(known["kept"])
             client = connect(known["uri"])

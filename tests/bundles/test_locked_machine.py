@@ -57,7 +57,8 @@ def earlier(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("series", [pytest.param("installed", marks=pytest.mark.slow), EARLIER])
+@pytest.mark.slow
+@pytest.mark.parametrize("series", ["installed", EARLIER])
 def test_both_bundles_run_without_a_network(series, site, tmp_path, request):
     path = [str(site)] if series == "installed" else [str(request.getfixturevalue("earlier")), str(site)]
     settings = {"PYTHONPATH": os.pathsep.join(path)}

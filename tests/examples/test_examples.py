@@ -24,11 +24,11 @@ def _load(name):
 
 
 def test_a_model_of_ones_own_is_refined(tmp_path, capsys):
-    accuracy = _load("refine_my_model").refine_my_model(tmp_path / "out", steps=60)
+    accuracy = _load("refine_my_model").refine_my_model(tmp_path / "out", steps=80)
     assert accuracy["refined"] > accuracy["network alone"] > 0.3
-    assert Image.open(tmp_path / "out" / "refined.png").size == (4 * 192, 192)
+    assert Image.open(tmp_path / "out" / "refined.png").size == (4 * 128, 128)
     confidence = np.load(tmp_path / "out" / "confidence.npy")
-    assert confidence.shape[1:] == (192, 192) and np.allclose(confidence.sum(axis=0), 1, atol=1e-5)
+    assert confidence.shape[1:] == (128, 128) and np.allclose(confidence.sum(axis=0), 1, atol=1e-5)
     assert "its odds were multiplied by" in capsys.readouterr().out
 
 

@@ -234,12 +234,13 @@ def read_cohort(
     classes: Sequence[str] | None = None,
     check_files: bool = True,
     warn: bool = True,
+    training: bool = True,
 ) -> Cohort:
     """Read and check a table ``image,split,patient,<one column per class>``.
 
     Optional columns: ``mpp`` (µm/px) and ``rater`` (several rows per image, combined to mean and spread). Missing ``split``
     means ``train``. Cells are read as :func:`~monai_vslp.data.proportions.parse_row` tells; a row whose class cells are all
-    blank has unknown proportions, which only images outside ``train`` may have. All problems are reported together.
+    blank has unknown proportions, which images of ``train`` may not have. All problems are reported together.
 
     Args:
         table: CSV (comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252) or, with pandas and openpyxl, XLSX.
@@ -247,11 +248,12 @@ def read_cohort(
         classes: expected classes, in the order wanted; None takes the columns of the table.
         check_files: require the image files to exist.
         warn: log what is allowed but often a mistake.
+        training: False for a table of images to segment: proportions may be unknown whatever the split, which it need not name.
 
     Raises:
         InputError: lists what is wrong with row, column and value.
     """
-    found = examine_table(table, image_dir, classes, check_files)
+    found = examine_table(table, image_dir, classes, check_files, training=training)
     if found.header_problems:
         raise InputError(f"table {table}:\n  {_listing(found.header_problems, MOST_PROBLEMS, chr(10) + '  ')}")
     if found.problems:
@@ -285,11 +287,12 @@ def examine_table(
     classes: Sequence[str] | None = None,
     check_files: bool = True,
     aliases: Mapping[str, str] | None = None,
+    training: bool = True,
 ) -> Examined:
     """As :func:`read_cohort`, but tell what is wrong instead of raising it.
 
     Args:
-        table, image_dir, classes, check_files: as there.
+        table, image_dir, classes, check_files, training: as there.
         aliases: other names of columns, by those of the table.
 
     Raises:
@@ -321,7 +324,7 @@ def examine_table(
         else:
             seen[name, rater] = line
             groups.setdefault(name, []).append((line, row))
-    found = [_record(name, group, folder, names, problems) for name, group in groups.items()]
+    found = [_record(name, group, folder, names, problems, training) for name, group in groups.items()]
     records = tuple(record for record, _ in found)
     if check_files:
         problems += _missing_files(records, folder)
@@ -334,6 +337,7 @@ def _record(
     folder: Path,
     classes: tuple[str, ...],
     problems: list[str],
+    training: bool = True,
 ) -> tuple[Record, tuple[str, ...]]:
     """One image of possibly several rows, and who gave its estimates; what is wrong is added to ``problems``."""
     line, first = group[0]
@@ -359,7 +363,7 @@ def _record(
         else:
             labels += [] if label is None else [label]
             raters += [] if label is None else [_text(row.get("rater"))]
-    if understood and not labels and split == "train":
+    if training and understood and not labels and split == "train":
         problems.append(
             f"row {line}: training image {name!r} has no proportions. Fill in the classes, or set its split to val or test."
         )

@@ -84,9 +84,9 @@ def read_proportion_file(path: str | Path, image: str | Path, classes: Sequence[
         row = read_proportion_json(path, image, classes)
         with tempfile.TemporaryDirectory() as folder:
             table = write_table(Path(folder) / PROPORTION_FILES[0], [row], classes)
-            cohort = read_cohort(table, image.parent, classes, check_files=False, warn=False)
+            cohort = read_cohort(table, image.parent, classes, check_files=False, warn=False, training=False)
     else:
-        cohort = read_cohort(path, image.parent, classes, check_files=False, warn=False)
+        cohort = read_cohort(path, image.parent, classes, check_files=False, warn=False, training=False)
     label = cohort.lookup(image)
     same = (record for record in cohort.records if record.proportions is label and record.stem == image.stem)
     return next(same)

@@ -52,7 +52,7 @@ def datalist(folder: str | Path, proportions: str | Path | None, classes: Sequen
         proportions: table with proportions, or None.
         classes: classes of the network; the table's columns must be the same.
     """
-    cohort = None if proportions is None else read_cohort(proportions, folder, classes, check_files=False)
+    cohort = None if proportions is None else read_cohort(proportions, folder, classes, check_files=False, training=False)
     return [_item(path, cohort) for path in list_images(folder)]
 
 
@@ -266,7 +266,7 @@ def segment(
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint} does not exist; has the training of {run} finished an epoch?")
     files = _expand(inputs)
-    cohort = None if proportions is None else read_cohort(proportions, ".", classes, check_files=False)
+    cohort = None if proportions is None else read_cohort(proportions, ".", classes, check_files=False, training=False)
     items, problems = {}, []
     for path in files:
         try:

@@ -322,3 +322,11 @@ def test_real_tables(name, train, val, classes, suffix):
     assert (len(cohort.split("train")), len(cohort.split("val"))) == (train, val)
     rows = np.loadtxt(folder / f"proportions{suffix}.csv", delimiter=",", skiprows=1, usecols=range(3, 3 + len(classes)))
     assert np.stack([r.proportions.mean for r in cohort.records]) == pytest.approx(rows, abs=2e-4)
+
+
+def test_images_to_segment_may_be_unknown_without_a_split(tmp_path):
+    (tmp_path / "t.csv").write_text("image,tumour,stroma\na.png,60,40\nb.svs,,\n")
+    known, unknown = read_cohort(tmp_path / "t.csv", check_files=False, training=False).records
+    assert known.proportions is not None and unknown.proportions is None
+    with pytest.raises(InputError, match="training image 'b.svs' has no proportions"):
+        read_cohort(tmp_path / "t.csv", check_files=False)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import highdicom
@@ -18,6 +17,7 @@ import torch
 from dicom_slides import FRAME, SERIES, STUDY, write_dicom_slide
 from monai.bundle import ConfigParser
 from tiny_slides import FAST, TINY
+from wheels import unpack_wheel
 
 from monai_vslp.data.synthetic import CLASSES, write_slide
 from monai_vslp.io import read_label_tiff, read_summary
@@ -93,14 +93,7 @@ def slide(tmp_path_factory):
 @pytest.fixture(scope="module")
 def application(tmp_path_factory):
     """The folder that is packaged, made as docs/deploy.md says."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("package") / "app"
-    for name in ("monai_vslp", "bundles"):  # pip builds where the sources are
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = run(*pip, "--target", folder, source)
-    assert done.returncode == 0, done.stderr
+    folder = unpack_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("package") / "app")
     for name in ("app.py", "app.yaml", "requirements.txt"):
         shutil.copy(folder / "monai_vslp" / "apps" / "deploy" / name, folder)
     return folder

@@ -4,13 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import monai
 import numpy as np
 import pytest
 from bundle_rules import BUNDLES, ROOT
 from PIL import Image
+from wheels import unpack_wheel
 
 from monai_vslp.data import write_table
 from monai_vslp.data.synthetic import CLASSES, VAL_VARIANTS, synthetic_image
@@ -37,16 +37,7 @@ def _call(*words, cwd=None, **settings):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The wheel, unpacked as pip does; it has to hold all that a bundle needs."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    repository = Path(__file__).parents[2]
-    for name in ("monai_vslp", "bundles"):  # pip builds where the sources are
-        shutil.copytree(repository / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(repository / name, source)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = _call(*pip, "--target", folder, source)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return unpack_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def unpack_wheel(source: Path, target: Path) -> Path:
-    """Builds from a copy of the sources in ``source``, because pip builds where they are; returns ``target`` with the package."""
+    """Builds from a copy of the sources in ``source``, since pip builds where they are; returns ``target``."""
     for name in ("monai_vslp", "bundles"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -25,7 +25,8 @@ LOG_FLOOR = -80.0  # keeps differences of logarithms finite in float32; exp(-80)
 FIRST_STEP = 2.0  # σ: twice what is safe for any segmentation; near a solution it is almost always accepted
 SMALLEST_STEP = 1e-6
 PATIENCE = 6  # steps after a halving of σ before it may grow
-LARGEST_MOMENTUM = 0.85
+UNSTABLE_AGE = 6  # momentum that overshoots within so many steps says that σ is too long for it, not that it turned
+SMALL_STEPS = 3  # so many in a row mean convergence: one alone is also what follows a restart, or comes before one
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class StoppingRule:
 
     Attributes:
         max_iterations: limit of proximal steps.
-        tolerance: relative change of the energy over one step below which the iteration has converged.
+        tolerance: relative change of the energy per step; the iteration has converged after three in a row below it.
         marginal_tolerance: residual of the semi-dual that each step is solved to.
     """
 
@@ -195,7 +196,7 @@ def minimize(
     shape = tuple(problem.cost.shape)
     # Sums over one and the same state may differ by this much, relatively.
     rounding = 4.0 * torch.finfo(runner.dtype).eps
-    sigma, age, patience = step, 0, 0
+    sigma, longest, age, patience, small = step, step, 0, 0, 0
     if start is None or problem.smooth is None:
         scores = allocate(shape)
         passes.map(write_from, problem.windows, problem.cost, scores, operator.mul, -1.0 / problem.epsilon)
@@ -228,7 +229,11 @@ def minimize(
         change = (energies[-1] - energy) / max(abs(energy), 1e-12)
         if change < 0:
             spare.append((scores, rate))
+            small = 0
             if age > 0:
+                if age <= UNSTABLE_AGE:
+                    longest = max(0.5 * longest, SMALLEST_STEP)
+                    sigma = min(sigma, longest)
                 age = 0  # the momentum overshot: go on from the best point without it
             elif sigma > SMALLEST_STEP and change < -rounding:
                 sigma, patience = 0.5 * sigma, PATIENCE
@@ -242,12 +247,13 @@ def minimize(
         energies.append(energy)
         age += 1
         go_on = proceed(iteration, change)
-        if change < stopping.tolerance:
+        small = small + 1 if change < stopping.tolerance else 0
+        if small == SMALL_STEPS:
             return done(f"relative energy change {change:.1e} below {stopping.tolerance:.1e}", True)
         # A step that is too long costs a whole round: try a longer one only where the last few were accepted at once.
         patience -= 1
-        if patience < 0 and sigma < step:
-            sigma, patience = min(2.0 * sigma, step), PATIENCE
+        if patience < 0 and sigma < longest:
+            sigma, patience = min(2.0 * sigma, longest), PATIENCE
     return done(f"the limit of {stopping.max_iterations} steps", False)
 
 
@@ -280,8 +286,8 @@ class _Runner:
         self, current: _Iterate, previous: _Iterate | None, age: int, sigma: float, scores: MapArray, rate: MapArray
     ) -> float:
         """Write S and r for a step from the current iterate, moved on by momentum; returns the mean smoothing h."""
-        # Momentum grows as for convex energies, up to what suits strongly convex ones.
-        beta = min((age + 2.0) / (age + 5.0), LARGEST_MOMENTUM) if age > 0 and previous is not None else 0.0
+        # Momentum grows as for convex energies; restarts adapt it to strongly convex ones.
+        beta = (age + 2.0) / (age + 5.0) if age > 0 and previous is not None else 0.0
         behind = previous if beta > 0 else None
         return sum(self.passes.map(_linearise, self.problem.windows, self.terms, current, behind, beta, sigma, scores, rate))
 

@@ -33,7 +33,7 @@ class RefinementOptions:
         huber: :math:`\gamma > 0`, width of the quadratic part of the total variation.
         edge_strength: how much an edge of the image lowers the price of a boundary; used only when an image is given.
         max_iterations: limit of proximal steps on the finest grid.
-        tolerance: relative energy change that counts as converged.
+        tolerance: relative energy change per step, three steps in a row, that counts as converged.
         marginal_tolerance: residual :math:`\lVert\bar u - p\rVert_1` that each step is solved to.
         multigrid: start from the solution on coarser grids; changes the time, not the minimiser.
         fidelity_weight: :math:`\lambda_a \ge 0`, weight of the costs; the entropy stays ε.
@@ -52,7 +52,7 @@ class RefinementOptions:
     huber: float = 0.1
     edge_strength: float = 1.0
     max_iterations: int = 200
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
     marginal_tolerance: float = 1e-6
     multigrid: bool = True
     fidelity_weight: float = 1.0

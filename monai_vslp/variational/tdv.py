@@ -55,9 +55,15 @@ class _Filter(nn.Module):
         width = self.weight.shape[-1] // 2
         return F.conv2d(pad_symmetric(x, width) if width else x, self.weight)
 
+    def adjoint(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradient at the output to gradient at the input."""
+        width = self.weight.shape[-1] // 2
+        full = F.conv_transpose2d(gradient, self.weight)
+        return fold_symmetric(full, width) if width else full
+
 
 class _Resampler(nn.Module):
-    """Stride-2 convolution smoothed by the 5×5 binomial filter (``down``), and the transpose of such a one (``up``)."""
+    """Stride-2 convolution smoothed by the 5×5 binomial filter (``down``), and its transpose (``up``)."""
 
     blur: torch.Tensor
 
@@ -87,8 +93,15 @@ class _MicroBlock(nn.Module):
         self.first = _Filter(features, features)
         self.second = _Filter(features, features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.second(0.5 * torch.log1p(self.first(x).square()))
+    def forward(self, x: torch.Tensor, tape: list[torch.Tensor] | None) -> torch.Tensor:
+        inner = self.first(x)
+        if tape is not None:
+            tape.append(inner)
+        return x + self.second(0.5 * torch.log1p(inner.square()))
+
+    def adjoint(self, gradient: torch.Tensor, tape: list[torch.Tensor]) -> torch.Tensor:
+        inner = tape.pop()
+        return gradient + self.first.adjoint(inner / (1.0 + inner.square()) * self.second.adjoint(gradient))
 
 
 class _MacroBlock(nn.Module):
@@ -101,15 +114,27 @@ class _MacroBlock(nn.Module):
         self.down = nn.ModuleList(_Resampler(features) for _ in range(scales - 1))
         self.up = nn.ModuleList(_Resampler(features) for _ in range(scales - 1))
 
-    def forward(self, x: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def forward(self, x: list[torch.Tensor | None], tape: list[torch.Tensor] | None) -> list[torch.Tensor | None]:
         for scale in range(len(x) - 1):
-            x[scale] = self.fine_to_coarse[scale](x[scale])
+            x[scale] = self.fine_to_coarse[scale](x[scale], tape)
             below = self.down[scale].down(x[scale])
             x[scale + 1] = below if x[scale + 1] is None else x[scale + 1] + below
-        x[-1] = self.fine_to_coarse[-1](x[-1])
+        x[-1] = self.fine_to_coarse[-1](x[-1], tape)
         for scale in reversed(range(len(x) - 1)):
-            x[scale] = self.coarse_to_fine[scale](x[scale] + self.up[scale].up(x[scale + 1], x[scale].shape))
+            x[scale] = self.coarse_to_fine[scale](x[scale] + self.up[scale].up(x[scale + 1], x[scale].shape), tape)
         return x
+
+    def adjoint(self, gradients: list[torch.Tensor | None], tape: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """:meth:`forward` backwards; a scale whose output nothing depends on has no gradient yet."""
+        for scale in range(len(gradients) - 1):
+            gradients[scale] = self.coarse_to_fine[scale].adjoint(gradients[scale], tape)
+            below = self.up[scale].down(gradients[scale])
+            gradients[scale + 1] = below if gradients[scale + 1] is None else gradients[scale + 1] + below
+        gradients[-1] = self.fine_to_coarse[-1].adjoint(gradients[-1], tape)
+        for scale in reversed(range(len(gradients) - 1)):
+            above = self.down[scale].up(gradients[scale + 1], gradients[scale].shape)
+            gradients[scale] = self.fine_to_coarse[scale].adjoint(gradients[scale] + above, tape)
+        return gradients
 
 
 class TotalDeepVariation(nn.Module):
@@ -208,6 +233,37 @@ class TotalDeepVariation(nn.Module):
         Raises:
             InputError: another number of classes or image channels.
         """
+        return self._energy(u, image, None)
+
+    def energy_and_gradient(
+        self, u: torch.Tensor, weight: torch.Tensor, image: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Per-pixel energy, and the gradient of their weighted sum with the chain rule written out.
+
+        No automatic differentiation takes part, so that the result can be traced, exported, and differentiated once more.
+
+        Args:
+            u, image: see :meth:`forward`.
+            weight: :math:`a`, shape ``[B, H, W]``.
+
+        Returns:
+            :math:`r`, shape ``[B, H, W]``, and :math:`\partial_u \sum_i a_i r_i`, shape of ``u``.
+
+        Raises:
+            InputError: see :meth:`forward`.
+        """
+        tape: list[torch.Tensor] = []
+        energy = self._energy(u, image, tape)
+        start = self.readout[:, None, None] * (weight / self.features)[:, None]
+        if self.channels == 1:
+            start = start.repeat_interleave(u.shape[1], dim=0)
+        gradients: list[torch.Tensor | None] = [start] + [None] * (self.scales - 1)
+        for block in reversed(self.macro_blocks):
+            gradients = block.adjoint(gradients, tape)
+        return energy, self.analysis.adjoint(gradients[0]).view(u.shape)
+
+    def _energy(self, u: torch.Tensor, image: torch.Tensor | None, tape: list[torch.Tensor] | None) -> torch.Tensor:
+        """:meth:`forward`; what the chain rule needs is left on a tape."""
         batch, classes = u.shape[:2]
         if self.channels != 1 and classes != self.channels:
             raise InputError(
@@ -225,7 +281,7 @@ class TotalDeepVariation(nn.Module):
             x = x + (seen.repeat_interleave(classes, dim=0) if self.channels == 1 else seen)
         levels: list[torch.Tensor | None] = [x] + [None] * (self.scales - 1)
         for block in self.macro_blocks:
-            levels = block(levels)
+            levels = block(levels, tape)
         r = torch.einsum("bfhw,f->bhw", levels[0], self.readout) / self.features
         return r.view(batch, classes, *r.shape[1:]).sum(dim=1) if self.channels == 1 else r
 
@@ -300,35 +356,36 @@ class DeepVariationPotential:
         self.multiple = 2 ** (network.scales - 1)
         self.halo = -(-2 * network.radius // self.multiple) * self.multiple
 
-    def _energy(self, u: torch.Tensor, window: Window | None) -> tuple[torch.Tensor, torch.Tensor, Window]:
+    def _seen(
+        self, u: torch.Tensor, window: Window | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Window]:
+        """What the network sees, the mass, the tissue, and the image on a window with its margin."""
         window = whole_window(self.mass.shape) if window is None else window
         mass = self.mass[window.outer].to(u)
         tissue = (mass > 0).to(u)
         image = None if self.image is None else self.image[(slice(None), *window.outer)][None].to(u)
-        return self.network((u * tissue)[None], image)[0] * tissue, mass, window
+        return (u * tissue)[None], mass, tissue, image, window
 
     @torch.no_grad()
     def energy_map(self, u: torch.Tensor, window: Window | None = None) -> torch.Tensor:
         """:math:`r_i` on the core, shape ``[h, w]``; 0 at background."""
-        energy, _, window = self._energy(u, window)
-        return energy[window.inner]
+        seen, _, tissue, image, window = self._seen(u, window)
+        return (self.network(seen, image)[0] * tissue)[window.inner]
 
     @torch.no_grad()
     def value(self, u: torch.Tensor, window: Window | None = None) -> float:
         """:math:`R(u)` over the core, summed in float64."""
-        energy, mass, window = self._energy(u, window)
-        return float((energy * mass)[window.inner].sum(dtype=torch.float64))
+        seen, mass, _, image, window = self._seen(u, window)
+        return float((self.network(seen, image)[0] * mass)[window.inner].sum(dtype=torch.float64))
 
+    @torch.no_grad()
     def value_and_gradient(self, u: torch.Tensor, window: Window | None = None) -> tuple[float, torch.Tensor]:
-        r""":math:`R(u)` and :math:`a_i^{-1}\,\partial R/\partial u_i` on the core, by automatic differentiation."""
-        with torch.enable_grad():
-            point = u.detach().requires_grad_(True)
-            energy, mass, window = self._energy(point, window)
-            weighted = energy * mass
-            (gradient,) = torch.autograd.grad(weighted.sum(), point)
+        r""":math:`R(u)` and :math:`a_i^{-1}\,\partial R/\partial u_i` on the core."""
+        seen, mass, tissue, image, window = self._seen(u, window)
+        energy, gradient = self.network.energy_and_gradient(seen, mass[None], image)
         per_mass = torch.where(mass > 0, 1.0 / mass.clamp_min(torch.finfo(u.dtype).tiny), torch.zeros_like(mass))
-        value = float(weighted.detach()[window.inner].sum(dtype=torch.float64))
-        return value, (gradient * per_mass)[(slice(None), *window.inner)]
+        value = float((energy[0] * mass)[window.inner].sum(dtype=torch.float64))
+        return value, (gradient[0] * tissue * per_mass)[(slice(None), *window.inner)]
 
     def majorizer(self, u: torch.Tensor, window: Window | None = None) -> tuple[torch.Tensor, float]:
         """Gradient and a first guess of the curvature; a learned energy has no bound that is worth computing."""

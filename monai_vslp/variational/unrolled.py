@@ -147,21 +147,15 @@ class UnrolledRefinement(nn.Module):
         log_u = transport(-cost, epsilon)
         energies = []
         for _ in range(self.steps if steps is None else steps):
-            gradient, energy = self._gradient(log_u.exp(), tissue, image)
+            u = log_u.exp()
+            # The energy is per pixel of tissue: uniform mass there.
+            energy, gradient = self.regularizer.energy_and_gradient(u * tissue[:, None], tissue, image)
+            gradient = gradient * tissue[:, None]
             with torch.no_grad():
-                local = (log_u.exp() * (cost + epsilon * log_u)).sum(dim=1) + alpha * energy
+                local = (u * (cost + epsilon * log_u)).sum(dim=1) + alpha * energy * tissue
                 energies.append((local * share.view_as(local)).sum(dim=(1, 2)))
             log_u = transport(log_u / tau - cost - alpha * gradient, epsilon + 1.0 / tau)
         return UnrolledResult(log_u, psi, torch.stack(energies, dim=1))
-
-    def _gradient(self, u: torch.Tensor, tissue: torch.Tensor, image: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Derivative of the sum of the per-pixel energies over tissue (uniform mass there), and those energies."""
-        recording = torch.is_grad_enabled()
-        with torch.enable_grad():
-            point = u if u.requires_grad else u.detach().requires_grad_(True)
-            energy = self.regularizer(point * tissue[:, None], image) * tissue
-            (gradient,) = torch.autograd.grad(energy.sum(), point, create_graph=recording)
-        return (gradient, energy) if recording else (gradient.detach(), energy.detach())
 
     def forward(self, *args: Any, **kwargs: Any) -> UnrolledResult:
         """As :meth:`unroll`."""

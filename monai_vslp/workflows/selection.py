@@ -85,7 +85,7 @@ def choose_strength(stacks: ConfidenceStacks, candidates: Sequence[float] = STRE
         entry = stacks[index]
         q = entry["stack"].mean(dim=0)
         for row, alpha in enumerate(candidates):
-            found = refine(q, None, entry["mass"], entry["image"], alpha=alpha, tolerance=1e-4).proportions
+            found = refine(q, None, entry["mass"], entry["image"], alpha=alpha).proportions
             errors[row, index] = float((found - entry["proportions"]).abs().mean())
     return _largest_within_one_error(candidates, errors)
 
@@ -139,7 +139,7 @@ def choose_trust(
             for one, rest in zip(given, others):
                 # An estimate of 0 by one rater is no proof that the class is absent.
                 p = torch.from_numpy(np.maximum(one, 1e-3))
-                result = refine(q, p / p.sum(), entry["mass"], entry["image"], alpha=alpha, trust=trust, tolerance=1e-4)
+                result = refine(q, p / p.sum(), entry["mass"], entry["image"], alpha=alpha, trust=trust)
                 gaps.append(float(np.abs(result.proportions.numpy() - rest).mean()))
             errors[row, column] = np.mean(gaps)
     return _largest_within_one_error(candidates, errors)

@@ -47,7 +47,7 @@ def test_it_does_on_fresh_tissue_what_the_card_says(fresh, tmp_path):
     assert refined > network
 
 
-@pytest.mark.parametrize("bundle", BUNDLES[:1])  # the learned steps differentiate inside, which cannot be traced
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_export_by_the_config_of_the_bundle(bundle, tmp_path):
     root = ROOT / bundle
     size = [64, 64] if bundle == BUNDLES[1] else [96, 64]
@@ -79,7 +79,7 @@ def test_export_by_the_config_of_the_bundle(bundle, tmp_path):
     )
 
 
-@pytest.mark.parametrize("bundle", BUNDLES[:1])  # the learned steps differentiate inside, which cannot be traced
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_monais_own_export(bundle, tmp_path):
     """``ckpt_export`` as the zoo's check calls it, by tracing."""
     root = ROOT / bundle

@@ -231,3 +231,23 @@ def test_total_variation_lies_below_its_majorizer():
         gradient, bend = potential.majorizer(u)
         bound = potential.value(u) + float((((gradient * (v - u)).sum(dim=0) + bend * ((v - u) ** 2).sum(dim=0)) * mass).sum())
         assert potential.value(v) <= bound + 1e-12
+
+
+@pytest.mark.parametrize(("channels", "image_channels", "size"), [(1, 0, (17, 22)), (3, 2, (9, 5)), (1, 1, (12, 8))])
+def test_written_out_gradient_is_that_of_automatic_differentiation(channels, image_channels, size):
+    """Both the gradient and what is learned through it: odd and tiny sizes, several U-shapes, with and without image."""
+    network = small(channels, image_channels=image_channels)
+    u = torch.rand(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(2, *size, dtype=torch.float64)
+    image = torch.randn(2, image_channels, *size, dtype=torch.float64) if image_channels else None
+    energy = network(u, image)
+    (expected,) = torch.autograd.grad((energy * weight).sum(), u, create_graph=True)
+    found, gradient = network.energy_and_gradient(u, weight, image)
+    torch.testing.assert_close(found, energy)
+    torch.testing.assert_close(gradient, expected)
+    parameters = list(network.macro_blocks.parameters())
+    theirs = torch.autograd.grad(expected.square().sum(), parameters, allow_unused=True)
+    ours = torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True)
+    for a, b in zip(ours, theirs):
+        if a is not None or b is not None:
+            torch.testing.assert_close(a, b)

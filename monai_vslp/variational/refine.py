@@ -52,7 +52,7 @@ class RefinementOptions:
     huber: float = 0.1
     edge_strength: float = 1.0
     max_iterations: int = 200
-    tolerance: float = 1e-4
+    tolerance: float = 3e-5
     marginal_tolerance: float = 1e-6
     multigrid: bool = True
     fidelity_weight: float = 1.0

@@ -40,7 +40,7 @@ class StoppingRule:
     """
 
     max_iterations: int = 200
-    tolerance: float = 1e-4
+    tolerance: float = 3e-5
     marginal_tolerance: float = 1e-6
 
 

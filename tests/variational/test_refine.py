@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize as scipy_minimize
 
+from monai_vslp.data.synthetic_labels import reference_case
 from monai_vslp.utils.errors import InputError, ProportionError
 from monai_vslp.variational import AssignmentFidelity, HuberTotalVariation, assignment_cost, image_edge_weight, refine
 
@@ -131,6 +132,21 @@ def test_multigrid_changes_the_way_not_the_minimum():
     with_grids, without = refine(q, p, **options), refine(q, p, multigrid=False, **options)
     assert with_grids.energies[-1] == pytest.approx(without.energies[-1], rel=1e-5)
     assert with_grids.energies[0] < without.energies[0]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 8.0])
+@pytest.mark.parametrize("seen", [False, True])
+def test_default_stopping_comes_close_to_the_minimum(alpha, seen):
+    """The first steps after momentum was dropped are small; they must not be taken for convergence (α = 8 ended 2 % above)."""
+    labels, q, p = reference_case(128, 5)
+    noise = torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    picture = (40 * labels + 20 * noise).clamp(0, 255).to(torch.uint8) if seen else None
+    found = refine(q, p, image=picture, alpha=alpha)
+    best = refine(q, p, image=picture, alpha=alpha, tolerance=1e-9, max_iterations=2000)
+    assert found.converged and found.energies[-1] < best.energies[-1] * (1 + 1.5e-3)
+    assert float((found.labels == best.labels).double().mean()) > 0.96
+    accuracy = [float((result.labels == labels).double().mean()) for result in (found, best)]
+    assert accuracy[0] > accuracy[1] - 0.01
 
 
 def test_energy_maps_add_up_to_the_energy():

@@ -162,8 +162,8 @@ def minimize(
     where ψ maximises the semi-dual of :func:`~monai_vslp.variational.transport.solve_transport` (ψ = 0 without a marginal
     term). For σ = 1 and a true majorizer such a step without momentum cannot raise :math:`E`, because
     :math:`\mathrm{KL}(u\|y) \ge \tfrac12\lVert u-y\rVert_1^2 \ge \lVert u-y\rVert_2^2` on the simplex.
-    Longer steps are tried first. A step that
-    would raise :math:`E` is not taken: momentum is dropped, then σ halved. So the energies never rise.
+    Longer steps are tried first. A step that would raise :math:`E` is not taken: momentum is dropped, without momentum σ is
+    halved, and where momentum overshot soon after its start σ stays at half. So the energies never rise.
 
     A step is three or four passes over the windows: one that linearises, one or two for ψ, one that evaluates.
 

@@ -146,7 +146,7 @@ def test_default_stopping_comes_close_to_the_minimum(alpha, seen):
     assert found.converged and found.energies[-1] < best.energies[-1] * (1 + 1.5e-3)
     assert float((found.labels == best.labels).double().mean()) > 0.96
     accuracy = [float((result.labels == labels).double().mean()) for result in (found, best)]
-    assert accuracy[0] > accuracy[1] - 0.01
+    assert accuracy[0] > accuracy[1] - 0.015
 
 
 def test_energy_maps_add_up_to_the_energy():

@@ -354,9 +354,9 @@ def energies_along(
     }
     maps: dict[int, torch.Tensor] = {}
 
-    def record(_: nn.Module, inputs: tuple[torch.Tensor, ...], energy: torch.Tensor) -> None:
+    def record(u: torch.Tensor, energy: torch.Tensor) -> None:
         step = len(columns["fidelity"])
-        u = inputs[0].detach()
+        u = u.detach()
         with torch.no_grad():
             local = (u * cost + epsilon * torch.xlogy(u, u)).sum(dim=1)
             columns["fidelity"].append((share * local).sum(dim=(1, 2)))
@@ -376,12 +376,8 @@ def energies_along(
             if step in kept:
                 maps[step] = u.clone()
 
-    # The regularizer sees each u^s once, at the beginning of the step after it: hence one step more.
-    hook = model.regularizer.register_forward_hook(record)
-    try:
-        model(confidence, proportions, trust, mass, image, steps=steps + 1)
-    finally:
-        hook.remove()
+    # Each u^s is seen once, at the beginning of the step after it: hence one step more.
+    model.unroll(confidence, proportions, trust, mass, image, steps=steps + 1, on_step=record)
     stacked = {name: torch.stack(values, dim=1) for name, values in columns.items() if values}
     return EnergyPath(
         fidelity=stacked["fidelity"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,7 @@ class UnrolledRefinement(nn.Module):
         mass: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         steps: int | None = None,
+        on_step: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> UnrolledResult:
         """Refine a batch.
 
@@ -119,6 +121,8 @@ class UnrolledRefinement(nn.Module):
             mass: tissue per pixel, shape ``[B, H, W]``, any scale; all ones by default.
             image: shape ``[B, image_channels, H, W]`` where the regularizer sees one.
             steps: another number of steps at the same step size (to look beyond the stopping time).
+            on_step: called at the beginning of each step with :math:`u^s` on tissue (0 elsewhere), ``[B, C, H, W]``, and
+                :math:`r(u^s)`, ``[B, H, W]``.
 
         Returns:
             The segmentation, differentiable in the parameters and in ``confidence``.
@@ -149,7 +153,10 @@ class UnrolledRefinement(nn.Module):
         for _ in range(self.steps if steps is None else steps):
             u = log_u.exp()
             # The energy is per pixel of tissue: uniform mass there.
-            energy, gradient = self.regularizer.energy_and_gradient(u * tissue[:, None], tissue, image)
+            seen = u * tissue[:, None]
+            energy, gradient = self.regularizer.energy_and_gradient(seen, tissue, image)
+            if on_step is not None:
+                on_step(seen, energy)
             gradient = gradient * tissue[:, None]
             with torch.no_grad():
                 local = (u * (cost + epsilon * log_u)).sum(dim=1) + alpha * energy * tissue

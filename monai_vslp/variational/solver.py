@@ -22,7 +22,7 @@ from monai_vslp.variational.windows import MapArray, Window
 __all__ = ["Problem", "Solution", "Step", "StoppingRule", "minimize"]
 
 LOG_FLOOR = -80.0  # keeps differences of logarithms finite in float32; exp(-80) is 0 beside anything else
-FIRST_STEP = 2.0  # σ: twice what is safe for any segmentation; near a solution it is almost always accepted
+FIRST_STEP = 2.0  # σ: twice what is safe for any segmentation; near a solution it is mostly accepted, with momentum not always
 SMALLEST_STEP = 1e-6
 PATIENCE = 6  # steps after a halving of σ before it may grow
 UNSTABLE_AGE = 6  # momentum that overshoots within so many steps says that σ is too long for it, not that it turned
@@ -113,14 +113,12 @@ class Solution:
         energies: energy of the start and after each accepted step.
         residual: of the semi-dual; None without a marginal term.
         converged, reason: whether the stopping rule was met, and why the iteration ended.
-        step: last relative step size, to start a finer grid with.
     """
 
     iterate: _Iterate
     energies: list[float]
     converged: bool
     reason: str
-    step: float
 
     @property
     def psi(self) -> torch.Tensor:
@@ -144,7 +142,6 @@ def minimize(
     allocate: Callable[[Sequence[int]], MapArray],
     stopping: StoppingRule,
     *,
-    step: float = FIRST_STEP,
     start: MapArray | None = None,
     psi: torch.Tensor | None = None,
     on_step: Callable[[Step], bool | None] | None = None,
@@ -171,7 +168,6 @@ def minimize(
         problem: the energy.
         allocate: makes an array of a shape ``[C, H, W]`` or ``[H, W]``; up to four of each are used.
         stopping: when to stop.
-        step: first σ.
         start: :math:`\log u^0` up to a constant per pixel, shape ``[C, H, W]``, overwritten; by default the minimiser
             without P.
         psi: start of the potentials.
@@ -196,7 +192,7 @@ def minimize(
     shape = tuple(problem.cost.shape)
     # Sums over one and the same state may differ by this much, relatively.
     rounding = 4.0 * torch.finfo(runner.dtype).eps
-    sigma, longest, age, patience, small = step, step, 0, 0, 0
+    sigma, longest, age, patience, small = FIRST_STEP, FIRST_STEP, 0, 0, 0
     if start is None or problem.smooth is None:
         scores = allocate(shape)
         passes.map(write_from, problem.windows, problem.cost, scores, operator.mul, -1.0 / problem.epsilon)
@@ -207,7 +203,7 @@ def minimize(
     energies = [runner.energy(current)]
 
     def done(reason: str, converged: bool) -> Solution:
-        return Solution(current, energies, converged, reason, sigma)
+        return Solution(current, energies, converged, reason)
 
     def proceed(iteration: int, change: float | None) -> bool:
         report = Step(iteration, energies[-1], change, current.residual, shape[1] * shape[2])

@@ -36,11 +36,20 @@ def fold_symmetric(x: torch.Tensor, width: int) -> torch.Tensor:
     """Transpose of :func:`pad_symmetric`: add the mirrored border back to the pixels that it came from."""
     for axis in (-2, -1):
         length = x.shape[axis] - 2 * width
-        position = torch.arange(-width, length + width, device=x.device) % (2 * length)
-        position = torch.minimum(position, 2 * length - 1 - position)
-        shape = list(x.shape)
-        shape[axis] = length
-        x = torch.zeros(shape, dtype=x.dtype, device=x.device).index_add(axis, position, x)
+        if width <= length:
+            # Added up as whole rows: a runtime may add to scattered places from several threads at once, and lose some.
+            rest = list(x.shape)
+            rest[axis] = length - width
+            nothing = x.new_zeros(rest)
+            first, last = x.narrow(axis, 0, width).flip(axis), x.narrow(axis, length + width, width).flip(axis)
+            inner = x.narrow(axis, width, length)
+            x = inner + torch.cat([first, nothing], dim=axis) + torch.cat([nothing, last], dim=axis)
+        else:
+            position = torch.arange(-width, length + width, device=x.device) % (2 * length)
+            position = torch.minimum(position, 2 * length - 1 - position)
+            shape = list(x.shape)
+            shape[axis] = length
+            x = torch.zeros(shape, dtype=x.dtype, device=x.device).index_add(axis, position, x)
     return x
 
 

@@ -52,6 +52,7 @@ def test_export_by_the_config_of_the_bundle(bundle, tmp_path):
     root = ROOT / bundle
     size = [64, 64] if bundle == BUNDLES[1] else [96, 64]
     formats = ["torchscript", "torch_export"]
+    offered = json.loads((root / "configs" / "export.json").read_text())["formats"]
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -59,7 +60,7 @@ def test_export_by_the_config_of_the_bundle(bundle, tmp_path):
     except ImportError:
         pass
     else:
-        formats.append("onnx")
+        formats = offered
     workflow = ConfigWorkflow(
         config_file=str(root / "configs" / "export.json"),
         meta_file=str(root / "configs" / "metadata.json"),
@@ -73,7 +74,7 @@ def test_export_by_the_config_of_the_bundle(bundle, tmp_path):
     workflow.initialize()
     workflow.run()
     found = json.loads((tmp_path / "export.json").read_text())
-    assert set(found) == set(formats)
+    assert set(found) == set(formats) >= {"torchscript", "torch_export"}
     assert all(
         entry["largest_difference"] <= 1e-3 and (tmp_path / entry["file"]).stat().st_size > 1e4 for entry in found.values()
     )

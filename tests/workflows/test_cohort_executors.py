@@ -53,7 +53,7 @@ def test_every_piece_has_one_outcome_and_bad_ones_stop_no_other(executor, tmp_pa
 
 
 def test_the_largest_begin_first(executor, tmp_path):
-    works = [note(tmp_path, f"w{i}", size=i, seconds=0.02) for i in (3, 9, 1, 7, 5, 0, 8)]
+    works = [note(tmp_path, f"w{i}", size=i, seconds=0.2) for i in (3, 9, 1, 7, 5, 0, 8)]
     list(executor.run(works))
     begun = [int(name[1:]) for name in fake_slides.begun(tmp_path)]
     assert len(begun) == 7

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from monai_vslp.variational.marginal import Marginal
-from monai_vslp.variational.passes import Passes, SerialPasses, write_from
+from monai_vslp.variational.passes import Passes, SerialPasses, tissue_windows, write_from
 from monai_vslp.variational.potential import Potential, WeightedSum
 from monai_vslp.variational.regularizer import HuberTotalVariation
 from monai_vslp.variational.solver import Problem, Solution, Step, StoppingRule, minimize
@@ -58,6 +58,9 @@ def solve_levels(
 ) -> tuple[Solution, Potential | None]:
     """Minimise the energy on a grid, started from coarser ones.
 
+    Windows without tissue in reach are left out of every pass: their pixels have no part in the energy. Time follows the tissue,
+    not the map.
+
     Args:
         level: the grid.
         marginal: term on the proportions, all of whose classes are active.
@@ -67,7 +70,7 @@ def solve_levels(
         multigrid: use coarser grids.
         start: logarithm of a segmentation to start from, ``[C, H, W]``; no coarser grids then.
         on_step: see :func:`~monai_vslp.variational.solver.minimize`.
-        allocate: makes the arrays that are worked in, by shape; in memory beside the costs by default.
+        allocate: makes the arrays that are worked in, by shape, filled with 0; in memory beside the costs by default.
         window: rows and columns of the windows that passes are made in; strips that suit the processor by default.
         passes: who makes the passes; this process by default. Others need maps that are files.
 
@@ -82,6 +85,7 @@ def solve_levels(
         terms.append((alpha, HuberTotalVariation(level.mass, level.weight, huber)))
     smooth = WeightedSum(terms) if terms else None
     windows = _windows(level, classes, smooth, window)
+    worked = tissue_windows(passes, windows, level.mass)
     psi = None
     if start is None and multigrid and alpha > 0 and not others and min(height, width) >= 2 * COARSEST_SIDE:
         coarse, _ = solve_levels(
@@ -98,10 +102,10 @@ def solve_levels(
         )
         psi = coarse.psi
         start = make((classes, height, width))
-        passes.map(_refine, windows, coarse, level.cost, start)
+        passes.map(_refine, worked, coarse, level.cost, start)
     elif start is not None:
         start = start.clone() if isinstance(start, torch.Tensor) else start
-    problem = Problem(level.cost, level.mass, epsilon, marginal, smooth, windows)
+    problem = Problem(level.cost, level.mass, epsilon, marginal, smooth, worked)
     solution = minimize(problem, make, stopping, start=start, psi=psi, on_step=on_step, passes=passes)
     return solution, smooth
 
@@ -110,7 +114,7 @@ def _in_memory(level: Level) -> Allocate:
     like = level.cost
 
     def make(shape: Sequence[int]) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
 
     return make
 
@@ -141,16 +145,19 @@ def _coarsened(level: Level, windows: Sequence[Window], make: Allocate, passes: 
     cost, share = make((classes, *half)), make(half)
     weight = None if level.weight is None else make(half)
     parts = split_windows(half, tuple(side.stop for side in windows[0].core))  # those that are worked in on that grid
-    total = sum(passes.map(_coarsen, parts, level, cost, share, weight))
+    sums = passes.map(_coarsen, parts, level, cost, share, weight)
     mass = make(half)
-    passes.map(write_from, parts, share, mass, operator.truediv, total)
+    tissue = [part for part, found in zip(parts, sums) if found > 0]
+    passes.map(write_from, tissue, share, mass, operator.truediv, sum(sums))
     return Level(cost, mass, weight)
 
 
 def _coarsen(part: Window, level: Level, cost: MapArray, mass: MapArray, weight: MapArray | None) -> float:
-    """Write means on a window of the coarser grid; returns the sum of those of the mass."""
+    """Write means on a window of the coarser grid, where it has tissue; returns the sum of those of the mass."""
     key = tuple(slice(2 * side.start, min(2 * side.stop, length)) for side, length in zip(part.core, level.shape))
     fine = level.mass[key]
+    if not bool((fine > 0).any()):
+        return 0.0
     share = _pooled(fine[None])[0]
     mass[part.core] = share
     fine_cost = level.cost[(slice(None), *key)]

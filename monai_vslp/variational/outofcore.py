@@ -18,7 +18,7 @@ from monai.utils import optional_import
 from monai_vslp.utils.errors import InputError, ProportionError
 from monai_vslp.variational.fidelity import AssignmentFidelity, assignment_cost
 from monai_vslp.variational.levels import WINDOW_VALUES, Level, solve_levels
-from monai_vslp.variational.passes import Passes, SerialPasses, write_from
+from monai_vslp.variational.passes import Passes, SerialPasses, tissue_windows, write_from
 from monai_vslp.variational.potential import Potential
 from monai_vslp.variational.refine import RefinementOptions, check_proportions, marginal_for, refinement_options
 from monai_vslp.variational.scratch import ScratchArrays, working_folders
@@ -138,7 +138,7 @@ def refine_store(
     which is the energy of :func:`~monai_vslp.variational.refine.refine` with total variation, and the same solver. All
     its passes go over windows of the map; costs and iterates lie in scratch files (:func:`scratch_bytes` says how large)
     that are removed at the end, whatever it is; what a killed process left is removed by the next call for the same output
-    and scratch folder. The stores are read and written by whole chunks, once (a mass twice). A chunk is held as a
+    and scratch folder. Windows without tissue are not worked on, so time and scratch files follow the tissue. The stores are read and written by whole chunks, once (a mass twice). A chunk is held as a
     whole, so a store of few huge chunks should be rechunked first.
 
     With :class:`~monai_vslp.variational.passes.ProcessPasses`, or :class:`~monai_vslp.variational.passes.ExecutorPasses` for
@@ -149,7 +149,7 @@ def refine_store(
 
     ========================= ============== ===============================================================
     ``labels``                ``[H, W]``     uint8, class of the largest ``u``
-    ``u``                     ``[C, H, W]``  segmentation on the simplex, in ``u_dtype``
+    ``u``                     ``[C, H, W]``  segmentation on the simplex, 0 outside tissue, in ``u_dtype``
     ``fidelity_energy``       ``[H, W]``     nats per pixel, 0 outside tissue, in ``energy_dtype``
     ``regularization_energy`` ``[H, W]``     the same
     ========================= ============== ===============================================================
@@ -350,7 +350,8 @@ def _load(source: StoreArray, part: Window, name: str) -> torch.Tensor:
 def _copy(part: Window, source: StoreArray, name: str, target: MapArray) -> float:
     """Write a tile of a map to a scratch file; returns its sum."""
     values = _load(source, part, name)
-    target[part.core] = values
+    if bool(values.any()):  # a scratch file is full of zeros and takes no space for them
+        target[part.core] = values
     return float(values.sum(dtype=torch.float64))
 
 
@@ -372,7 +373,8 @@ def _read(
         total = sum(passes.map(_copy, mass.tiles(), mass, "mass", given))
         if total == 0.0:
             raise InputError("refine_store: mass is 0 everywhere: there is no tissue to refine.")
-        passes.map(write_from, split_windows((height, width), share.block), given, share, operator.truediv, total)
+        tissue = tissue_windows(passes, split_windows((height, width), share.block), given)
+        passes.map(write_from, tissue, given, share, operator.truediv, total)
     weights = None
     if weight is not None and settings.alpha > 0:
         weights = allocate(weight.shape)
@@ -388,8 +390,9 @@ def _write_cost(
     """Write the costs of the active classes on a tile of the confidences, which are checked."""
     values = _load(q, part, "confidence").clamp_min_(0)
     total = values.sum(dim=0)
+    glass = share[part.core] == 0
     # Background is often stored as zeros.
-    empty = (total == 0) & (share[part.core] == 0)
+    empty = (total == 0) & glass
     worst = float(torch.where(empty, 0.0, (total - 1).abs()).max())
     # Rounding to 8 bits moves each class by up to half a step.
     if worst > SUM_ERROR + (len(active) * 0.5 / 255 if q.array.dtype == np.uint8 else 0.0):
@@ -397,6 +400,8 @@ def _write_cost(
             f"refine_store: confidence must sum to 1 over the classes, it is off by up to {worst:.3g} in {_tile(part)}; "
             "store a softmax over the classes (for uint8, 255 times it)."
         )
+    if bool(glass.all()):
+        return
     values = torch.where(empty, 1.0 / len(active), values / torch.where(empty, 1.0, total))
     cost[(slice(None), *part.core)] = settings.fidelity_weight * assignment_cost(values[active], settings.delta)
 
@@ -457,20 +462,23 @@ def _write_chunk(
     active: torch.Tensor,
     epsilon: float,
 ) -> None:
-    """Evaluate the solution on a window that is a chunk of the outputs."""
+    """Evaluate the solution on a window that is a chunk of the outputs; without tissue they keep their fill values."""
+    share = level.mass[part.core]
+    tissue = share > 0
+    if not bool(tissue.any()):
+        return
     log_u = solution.log_u(*part.outer)
     found = log_u.exp()
     regularization = torch.zeros(()) if smooth is None else smooth.energy_map(found, part)
     inner = (slice(None), *part.inner)
     log_u, found = (x[inner].reshape(len(x), -1) for x in (log_u, found))
-    share = level.mass[part.core]
     fidelity = AssignmentFidelity(level.cost[(slice(None), *part.core)].flatten(1), share.reshape(-1), epsilon)
-    outputs.fidelity[part.core] = fidelity.energy_map(found, log_u).view_as(share) * (share > 0)
+    outputs.fidelity[part.core] = fidelity.energy_map(found, log_u).view_as(share) * tissue
     outputs.regularization[part.core] = regularization.expand_as(share)
     full = torch.zeros(len(active), *share.shape)
-    full[active] = found.view(-1, *share.shape)
+    full[active] = found.view(-1, *share.shape) * tissue
     outputs.u[(slice(None), *part.core)] = full
-    outputs.labels[part.core] = torch.where(share > 0, full.argmax(dim=0), NO_TISSUE)
+    outputs.labels[part.core] = torch.where(tissue, full.argmax(dim=0), NO_TISSUE)
 
 
 def _json(value: Any) -> Any:

@@ -20,7 +20,7 @@ import torch
 from monai_vslp.utils.errors import InputError
 from monai_vslp.variational.windows import MapArray, Window
 
-__all__ = ["ExecutorPasses", "Passes", "ProcessPasses", "SerialPasses", "window_groups", "write_from"]
+__all__ = ["ExecutorPasses", "Passes", "ProcessPasses", "SerialPasses", "tissue_windows", "window_groups", "write_from"]
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,15 @@ def write_from(
     """A pass that writes ``operation(source, number)`` to ``target``, another map of the same shape."""
     key = (*[slice(None)] * (len(source.shape) - 2), *window.core)
     target[key] = operation(source[key], number)
+
+
+def tissue_windows(passes: Passes, windows: Sequence[Window], mass: MapArray) -> list[Window]:
+    """The windows that have tissue or border on it within their margin; what lies in the others has no part in any energy."""
+    return [window for window, has in zip(windows, passes.map(_has_tissue, windows, mass)) if has]
+
+
+def _has_tissue(window: Window, mass: MapArray) -> bool:
+    return bool((mass[window.outer] > 0).any())
 
 
 def _pickled(function: Callable[..., Any], args: tuple) -> bytes:

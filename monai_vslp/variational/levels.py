@@ -58,8 +58,8 @@ def solve_levels(
 ) -> tuple[Solution, Potential | None]:
     """Minimise the energy on a grid, started from coarser ones.
 
-    Windows without tissue in reach are left out of every pass: their pixels have no part in the energy. Time follows the tissue,
-    not the map.
+    Windows without tissue in reach are left out of every pass: their pixels have no part in the energy. Time follows the
+    tissue, not the map.
 
     Args:
         level: the grid.

@@ -136,10 +136,10 @@ def refine_store(
         c_{ik} = -\log\Bigl(\frac{q_{ik}}{\textstyle\sum_l q_{il}}+\delta\Bigr),
 
     which is the energy of :func:`~monai_vslp.variational.refine.refine` with total variation, and the same solver. All
-    its passes go over windows of the map; costs and iterates lie in scratch files (:func:`scratch_bytes` says how large)
-    that are removed at the end, whatever it is; what a killed process left is removed by the next call for the same output
-    and scratch folder. Windows without tissue are not worked on, so time and scratch files follow the tissue. The stores are read and written by whole chunks, once (a mass twice). A chunk is held as a
-    whole, so a store of few huge chunks should be rechunked first.
+    its passes go over windows of the map that have tissue, so time and scratch files follow the tissue; costs and iterates
+    lie in scratch files (:func:`scratch_bytes` says how large at most) that are removed at the end, whatever it is; what a
+    killed process left is removed by the next call for the same output and scratch folder. The stores are read and written
+    by whole chunks, once (a mass twice). A chunk is held as a whole, so a store of few huge chunks should be rechunked first.
 
     With :class:`~monai_vslp.variational.passes.ProcessPasses`, or :class:`~monai_vslp.variational.passes.ExecutorPasses` for
     any other executor, all passes are shared by workers that see the same disk. The result does not depend on how many

@@ -185,7 +185,7 @@ def test_glass_costs_nothing_and_changes_nothing(tmp_path, multigrid):
 
     options = FIXED | {"window": (64, 64), "u_dtype": "float32", "energy_dtype": "float32", "multigrid": multigrid}
     alone = refine_store(
-        store(tmp_path / "q1.zarr", q[:, *corner]), tmp_path / "alone.zarr", P,
+        store(tmp_path / "q1.zarr", q[(slice(None), *corner)]), tmp_path / "alone.zarr", P,
         mass=store(tmp_path / "m1.zarr", mass[corner]), **options,
     )  # fmt: skip
     result = refine_store(

@@ -156,6 +156,16 @@ def test_energy_maps_add_up_to_the_energy():
     assert float(total) == pytest.approx(result.energies[-1], rel=1e-5)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_energy_maps_can_be_left_out(batch):
+    q, _, p = noisy_map()
+    q = q.expand(*batch, *q.shape)
+    for mass in (None, torch.zeros(64, 80)):
+        result, less = refine(q, p, mass), refine(q, p, mass, energy_maps=False)
+        assert less.fidelity_energy is None and less.regularization_energy is None
+        assert torch.equal(less.u, result.u) and less.energies == result.energies
+
+
 def test_background_takes_no_part():
     q, _, p = noisy_map()
     mass = torch.ones(64, 80)

@@ -64,7 +64,7 @@ def write_result(
         index = np.where(labels == NO_TISSUE, 0, labels + 1).astype(np.uint8)
         picture = Image.fromarray(index)
         picture.putpalette([0, 0, 0, *(int(v) for color in colors for v in color)])
-        picture.save(path)
+        picture.save(path, compress_level=1)  # a few kB more, and the person waits less
     elif kind == "layers":
         result = solution.result
         layers = [*view.confidence.numpy(), *result.u.numpy(), result.fidelity_energy.numpy()]

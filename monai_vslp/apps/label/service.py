@@ -247,6 +247,7 @@ class LabelService:
                 painted=painted,
                 refinement=adjusted(session.refinement, asked.trust, asked.alpha, asked.regularizer),
                 cold=asked.cold,
+                energy_maps=asked.result == "layers",
             )
         numbers = describe(view, solution, network, model.colors)
         attributes = {"proportions": numbers["proportions"]}

@@ -112,6 +112,7 @@ class Session:
         painted: np.ndarray | None = None,
         refinement: VariationalRefinement | None = None,
         cold: bool = False,
+        energy_maps: bool = False,
     ) -> Solution:
         """Draw the region anew.
 
@@ -122,6 +123,7 @@ class Session:
             painted: class index or ``NOT_PAINTED``, shape ``[H, W]``, uint8.
             refinement: other options for this answer; see :func:`adjusted`.
             cold: do not start from the last answer.
+            energy_maps: find the energies per pixel, which take time.
 
         Raises:
             ProportionError: proportions that cannot be met, or strokes of a class whose proportion is 0.
@@ -160,6 +162,7 @@ class Session:
                 unary=unary,
                 regularizer=stage.term,
                 start=start,
+                energy_maps=energy_maps,
                 **options,
             )
         kept = None

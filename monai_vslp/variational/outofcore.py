@@ -21,9 +21,10 @@ from monai_vslp.variational.levels import WINDOW_VALUES, Level, solve_levels
 from monai_vslp.variational.passes import Passes, SerialPasses, tissue_windows, write_from
 from monai_vslp.variational.potential import Potential
 from monai_vslp.variational.refine import RefinementOptions, check_proportions, marginal_for, refinement_options
+from monai_vslp.variational.regularizer import HuberTotalVariation
 from monai_vslp.variational.scratch import ScratchArrays, working_folders
 from monai_vslp.variational.solver import Solution, Step, StoppingRule
-from monai_vslp.variational.windows import MapArray, Window, split_windows
+from monai_vslp.variational.windows import DiskArray, MapArray, Window, split_windows
 
 zarr, _ = optional_import("zarr", descriptor="{} is needed for maps larger than memory: pip install 'zarr>=3'")
 
@@ -36,6 +37,7 @@ TILE_VALUES = 2**22  # numbers that are read from or written to a store at once,
 LARGE_CHUNK = 2**28  # numbers; a chunk that large is read whole and takes a GiB or more
 SMALLEST_CONFIDENCE = -1e-4  # what refine takes for rounding
 SUM_ERROR = 1e-2
+HALO = HuberTotalVariation.halo  # px
 
 
 class StoreArray:
@@ -139,7 +141,8 @@ def refine_store(
     its passes go over windows of the map that have tissue, so time and scratch files follow the tissue; costs and iterates
     lie in scratch files (:func:`scratch_bytes` says how large at most) that are removed at the end, whatever it is; what a
     killed process left is removed by the next call for the same output and scratch folder. The stores are read and written
-    by whole chunks, once (a mass twice). A chunk is held as a whole, so a store of few huge chunks should be rechunked first.
+    by whole chunks, once (a mass three times). A chunk is held as a whole, so a store of few huge chunks should be rechunked
+    first.
 
     With :class:`~monai_vslp.variational.passes.ProcessPasses`, or :class:`~monai_vslp.variational.passes.ExecutorPasses` for
     any other executor, all passes are shared by workers that see the same disk. The result does not depend on how many
@@ -216,9 +219,10 @@ def refine_store(
         side = max(32, round(math.sqrt(WINDOW_VALUES / count) / 32) * 32)
         window = (side, side)
 
-    needed = scratch_bytes((height, width), count, mass=mass is not None, weight=weight is not None)
-    of_result = height * width * (1 + classes * np.dtype(u_dtype).itemsize + 2 * np.dtype(energy_dtype).itemsize)
     passes = SerialPasses() if passes is None else passes
+    share = 1.0 if mass is None else _tissue_share(maps["mass"], window, passes)
+    needed = scratch_bytes((height, width), count, mass=mass is not None, weight=weight is not None, tissue=share)
+    of_result = height * width * (1 + classes * np.dtype(u_dtype).itemsize + 2 * np.dtype(energy_dtype).itemsize)
     with working_folders(output, scratch, needed, of_result) as (result, files):
         allocate = ScratchArrays(files, window)
         level = Level(*_read(q, maps["mass"], maps["weight"], active, settings, allocate, passes))
@@ -257,7 +261,7 @@ def refine_store(
     )
 
 
-def scratch_bytes(shape: tuple[int, int], classes: int, *, mass: bool = True, weight: bool = False) -> int:
+def scratch_bytes(shape: tuple[int, int], classes: int, *, mass: bool = True, weight: bool = False, tissue: float = 1.0) -> int:
     """Disk space that :func:`refine_store` needs at most for its scratch files, bytes.
 
     Per pixel these are float32 numbers: C costs, C scores of the start and three times C + 1 of iterates, those given of
@@ -267,10 +271,33 @@ def scratch_bytes(shape: tuple[int, int], classes: int, *, mass: bool = True, we
         shape: ``(H, W)`` of the map.
         classes: those that may occur (a proportion of 0 rules a class out).
         mass, weight: whether these are given.
+        tissue: share of the windows that have tissue.
     """
     height, width = shape
     coarse = (height // 2 + 1) * (width // 2 + 1) * (classes + 1)
-    return int(4.2 * (height * width * (5 * classes + 3 + int(mass) + int(weight)) + coarse))
+    return int(4.2 * (tissue * height * width * (5 * classes + 3 + int(mass) + int(weight)) + coarse))
+
+
+def _tissue_share(mass: StoreArray, window: tuple[int, int], passes: Passes) -> float:
+    """Share of the windows, their margins included, that have tissue."""
+    windows = split_windows(mass.shape, window, HALO)
+    found = passes.map(_touched, mass.tiles(), mass, windows)
+    return len(set().union(*found)) / len(windows)
+
+
+def _touched(part: Window, mass: StoreArray, windows: Sequence[Window]) -> set[int]:
+    """Numbers of the windows that have tissue in common with a tile."""
+    tissue = _load(mass, part, "mass") > 0
+    if not bool(tissue.any()):
+        return set()
+    found = set()
+    for number, window in enumerate(windows):
+        key = tuple(
+            slice(max(a.start, b.start) - b.start, min(a.stop, b.stop) - b.start) for a, b in zip(window.outer, part.core)
+        )
+        if all(side.stop > side.start for side in key) and bool(tissue[key].any()):
+            found.add(number)
+    return found
 
 
 def _settings(options: dict) -> RefinementOptions:
@@ -347,11 +374,20 @@ def _load(source: StoreArray, part: Window, name: str) -> torch.Tensor:
     return values
 
 
-def _copy(part: Window, source: StoreArray, name: str, target: MapArray) -> float:
-    """Write a tile of a map to a scratch file; returns its sum."""
+def _put(target: DiskArray, part: Window, values: torch.Tensor, tissue: torch.Tensor) -> None:
+    """Write a tile to a scratch file, but for its blocks without tissue: those stay zeros, which take no space."""
+    for block in split_windows(target.shape[-2:], target.block):
+        spans = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(block.core, part.core)]
+        inside = tuple(slice(span.start - at.start, span.stop - at.start) for span, at in zip(spans, part.core))
+        if all(span.stop > span.start for span in spans) and bool(tissue[inside].any()):
+            leading = [slice(None)] * (len(target.shape) - 2)
+            target[(*leading, *spans)] = values[(..., *inside)]
+
+
+def _copy(part: Window, source: StoreArray, name: str, target: DiskArray, mass: MapArray | None = None) -> float:
+    """Write a tile of a map to a scratch file, where there is tissue; returns its sum."""
     values = _load(source, part, name)
-    if bool(values.any()):  # a scratch file is full of zeros and takes no space for them
-        target[part.core] = values
+    _put(target, part, values, (values if mass is None else mass[part.core]) > 0)
     return float(values.sum(dtype=torch.float64))
 
 
@@ -378,14 +414,14 @@ def _read(
     weights = None
     if weight is not None and settings.alpha > 0:
         weights = allocate(weight.shape)
-        passes.map(_copy, weight.tiles(), weight, "weight", weights)
+        passes.map(_copy, weight.tiles(), weight, "weight", weights, share)
     cost = allocate((int(active.sum()), height, width))
     passes.map(_write_cost, q.tiles(), q, share, active, settings, cost)
     return cost, share, weights
 
 
 def _write_cost(
-    part: Window, q: StoreArray, share: MapArray, active: torch.Tensor, settings: RefinementOptions, cost: MapArray
+    part: Window, q: StoreArray, share: MapArray, active: torch.Tensor, settings: RefinementOptions, cost: DiskArray
 ) -> None:
     """Write the costs of the active classes on a tile of the confidences, which are checked."""
     values = _load(q, part, "confidence").clamp_min_(0)
@@ -400,10 +436,8 @@ def _write_cost(
             f"refine_store: confidence must sum to 1 over the classes, it is off by up to {worst:.3g} in {_tile(part)}; "
             "store a softmax over the classes (for uint8, 255 times it)."
         )
-    if bool(glass.all()):
-        return
     values = torch.where(empty, 1.0 / len(active), values / torch.where(empty, 1.0, total))
-    cost[(slice(None), *part.core)] = settings.fidelity_weight * assignment_cost(values[active], settings.delta)
+    _put(cost, part, settings.fidelity_weight * assignment_cost(values[active], settings.delta), ~glass)
 
 
 def _write(

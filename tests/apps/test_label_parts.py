@@ -193,12 +193,13 @@ def test_strokes_of_an_absent_class_are_refused_and_a_class_may_come_back(sessio
 
 def test_free_proportions_bounds_and_other_options(session):
     free = session.solve(None)
-    assert free.given is None and free.result.residual is None
+    assert free.given is None and free.result.residual is None and free.result.fidelity_energy is None
     held = session.solve(
         [0.4, 0.3, 0.3], bounds=[[0.35, 0.2, 0.2], [0.45, 0.4, 0.4]], refinement=adjusted(session.refinement, "bounds", None)
     )
     assert (held.result.proportions >= torch.tensor([0.35, 0.2, 0.2]) - 1e-4).all()
-    soft = session.solve([0.9, 0.05, 0.05], refinement=adjusted(session.refinement, 1.0, 0.0), cold=True)
+    without = adjusted(session.refinement, 1.0, 0.0)
+    soft = session.solve([0.9, 0.05, 0.05], refinement=without, cold=True, energy_maps=True)
     assert float(soft.result.proportions[0]) < 0.89 and not soft.result.regularization_energy.any()
 
 

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from threading import RLock
 from typing import Any
 
@@ -89,8 +90,9 @@ class Session:
 
     def network_proportions(self) -> list[float]:
         """Those of the confidences alone, over tissue, fractions ``[C]``."""
-        return self._own().tolist()
+        return self._own.tolist()
 
+    @cached_property
     def _own(self) -> torch.Tensor:
         q, mass = self.view.confidence, self.view.mass
         weight = torch.ones_like(q[0]) if mass is None else mass
@@ -138,7 +140,7 @@ class Session:
             painted_classes = np.unique(painted[painted != NOT_PAINTED])
             if nothing := [view.classes[k] for k in painted_classes if proportions[k] == 0]:
                 raise ProportionError(f"strokes paint {', '.join(nothing)}, whose proportion is 0; raise it, or erase them.")
-        given, trust, limits = stage.terms(proportions, spread, bounds, self._own)
+        given, trust, limits = stage.terms(proportions, spread, bounds, lambda: self._own)
         # What is painted shall not give way to the regularizer, however strong that is.
         cost = STROKE_COST + CORNER * stage.options.alpha / stage.pixel_size
         unary = None if painted is None else unary_costs(painted, classes, cost)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -123,6 +125,50 @@ def test_threads_share_a_slide(pyramid, image, reader):
     with open_slide(pyramid, reader) as slide, ThreadPoolExecutor(4) as pool:
         for (row, col), region in zip(corners, pool.map(lambda corner: slide.read(0, *corner, 60, 60), corners)):
             np.testing.assert_array_equal(region, image[row : row + 60, col : col + 60])
+
+
+def memory():
+    """Private memory that this process has asked for, MiB, whether it has touched it or not."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc here")
+@pytest.mark.parametrize("count", [4, 6, 9])
+def test_batches_leave_no_memory_behind(pyramid, count):
+    corners = [(4 * k, 8 * k) for k in range(count)]
+    with open_slide(pyramid, "cucim") as slide:
+        for calls in (5, 60):  # the first ones fill pools
+            before = memory()
+            for _ in range(calls):
+                slide.read_many(corners, 256, 256, downsample=1, workers=2)
+    assert memory() - before < 20  # a leak of three batches of two per call is 66 MiB
+
+
+OPEN_AT_ONCE = """
+import sys, threading
+from pathlib import Path
+from monai_vslp.data.readers import CucimReader
+
+def read():
+    barrier.wait()
+    with_slide = CucimReader(Path(sys.argv[1]))
+    with_slide.read_batch(0, [(0, 0), (8, 8)], 32, 32, 2)
+    with_slide.close()
+
+barrier = threading.Barrier(8)
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_the_first_slides_of_a_process_are_opened_at_once(pyramid):
+    """A third of such processes never ended: threads that made cuCIM's first calls waited for each other."""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", OPEN_AT_ONCE, str(pyramid)], check=True, timeout=120)
 
 
 @needs_real

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ except Exception as error:
 """
 
 _verdict: list[str | None] = []  # of _problem, for this process
+# Two threads that make the first calls of a process at once wait for each other for ever inside cuCIM.
+_first_calls = threading.Lock()
 
 
 def _probe(path: Path) -> str | None:
@@ -73,19 +76,20 @@ class CucimReader(SlideReader):
         reason = _problem(path)
         if reason is not None:
             raise SlideError(reason)
-        # Imported here and not above, because already the import may hang.
-        cu_image, has_cucim = optional_import("cucim", name="CuImage")
-        if not has_cucim:
-            raise SlideError("it is not installed (pip install cucim)")
-        self._handle = handle = cu_image(str(path))
+        with _first_calls:
+            # Imported here and not above, because already the import may hang.
+            cu_image, has_cucim = optional_import("cucim", name="CuImage")
+            if not has_cucim:
+                raise SlideError("it is not installed (pip install cucim)")
+            self._handle = handle = cu_image(str(path))
+            height, width = (int(side) for side in reversed(handle.resolutions["level_dimensions"][0]))
+            pixels = np.asarray(handle.read_region((0, 0), (min(64, width), min(64, height)), 0))  # some open but do not decode
         facts = inspect_tiff(path) if has_tifffile else None
         levels = handle.resolutions
         self.level_shapes = tuple((int(height), int(width)) for width, height in levels["level_dimensions"])
         self.downsamples = tuple(float(value) for value in levels["level_downsamples"])
         if facts is not None and facts.levels > len(self.level_shapes):
             raise SlideError(f"it sees {len(self.level_shapes)} of {facts.levels} levels; the others are in SubIFDs")
-        height, width = self.level_shapes[0]
-        pixels = np.asarray(handle.read_region((0, 0), (min(64, width), min(64, height)), 0))  # some open but do not decode
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] < 3:
             raise SlideError(f"pixels are {pixels.dtype} of shape {pixels.shape}, not 8-bit RGB")
         self.mpp = self._stated_mpp()
@@ -104,7 +108,8 @@ class CucimReader(SlideReader):
         return (float(spacing[1]), float(spacing[0])) if units[0] == units[1] == "micrometer" else None
 
     def _associated(self, name: str) -> np.ndarray:
-        return np.array(np.asarray(self._handle.associated_image(name))[..., :3])
+        with _first_calls:
+            return np.array(np.asarray(self._handle.associated_image(name))[..., :3])
 
     def _location(self, level: int, row: int, col: int) -> tuple[int, int]:
         """``(x, y)`` in level-0 px. cuCIM rounds down when it converts to the level, so round up to meet the pixel meant."""
@@ -118,11 +123,16 @@ class CucimReader(SlideReader):
         self, level: int, corners: Sequence[tuple[int, int]], height: int, width: int, workers: int
     ) -> np.ndarray | None:
         result = np.empty((len(corners), height, width, 3), dtype=np.uint8)
+        if len(corners) == 1:  # of a list of one cuCIM makes an image and no parts
+            result[0] = self.read(level, *corners[0], height, width)
+            return result
         places = [self._location(level, row, col) for row, col in corners]
         batch = min(BATCHES * workers, len(places))
         start = 0
-        for part in self._handle.read_region(places, (width, height), level, batch_size=batch, num_workers=workers):
-            pixels = np.asarray(part)
+        parts = self._handle.read_region(places, (width, height), level, batch_size=batch, num_workers=workers)
+        # Asked for one part more than there are, cuCIM 23.10 says that it ends and leaks three parts' memory.
+        for _ in range(math.ceil(len(places) / batch)):
+            pixels = np.asarray(next(parts))
             pixels = pixels[None] if pixels.ndim == 3 else pixels  # batches of one have no axis for it
             # Copied before the next one is asked for: cuCIM writes that into the same memory.
             result[start : start + len(pixels)] = pixels[..., :3]

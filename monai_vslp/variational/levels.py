@@ -58,8 +58,8 @@ def solve_levels(
 ) -> tuple[Solution, Potential | None]:
     """Minimise the energy on a grid, started from coarser ones.
 
-    Windows without tissue in reach are left out of every pass: their pixels have no part in the energy. Time follows the
-    tissue, not the map.
+    Of maps on disk, windows without tissue in reach are left out of every pass: their pixels have no part in the energy. Time
+    follows the tissue, not the map.
 
     Args:
         level: the grid.
@@ -85,7 +85,8 @@ def solve_levels(
         terms.append((alpha, HuberTotalVariation(level.mass, level.weight, huber)))
     smooth = WeightedSum(terms) if terms else None
     windows = _windows(level, classes, smooth, window)
-    worked = tissue_windows(passes, windows, level.mass)
+    # In memory glass is solved with the rest: there its segmentation is promised to be the softmax of its costs.
+    worked = windows if allocate is None else tissue_windows(passes, windows, level.mass)
     psi = None
     if start is None and multigrid and alpha > 0 and not others and min(height, width) >= 2 * COARSEST_SIDE:
         coarse, _ = solve_levels(

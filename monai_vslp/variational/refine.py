@@ -89,7 +89,8 @@ class RefinementResult:
         proportions: :math:`\bar u`, shape ``[(B,) C]``, float64.
         fidelity_energy: :math:`\langle c_i,u_i\rangle + \varepsilon\langle u_i,\log u_i\rangle` per pixel,
             shape ``[(B,) H, W]``; 0 outside tissue. In nats. None where ``energy_maps`` was False.
-        regularization_energy: :math:`\alpha r_i` per pixel, same shape and unit, so that the sum of both is the total.
+        regularization_energy: :math:`\alpha r_i` per pixel, same shape and unit, so that the sum of both is the total; None
+            likewise.
     """
 
     u: torch.Tensor

@@ -180,6 +180,16 @@ def test_background_takes_no_part():
     torch.testing.assert_close(result.proportions, (result.u[:, :, 20:].mean(dim=(1, 2))).double(), atol=1e-5, rtol=0)
 
 
+def test_background_far_from_tissue_is_the_softmax_of_its_costs():
+    q, _, p = noisy_map()
+    q = q.repeat(1, 1, 40)  # wide enough for several windows, the first of them all background
+    mass = torch.ones(q.shape[1:])
+    mass[:48] = 0
+    result = refine(q, p, mass, epsilon=0.5)
+    expected = torch.softmax(((q + 1e-3).log() + result.psi.float()[:, None, None]) / 0.5, dim=0)
+    torch.testing.assert_close(result.u[:, :47], expected[:, :47], atol=1e-3, rtol=0)
+
+
 def test_class_without_proportion_does_not_occur():
     q, _, _ = noisy_map()
     result = refine(q, [0.7, 0.0, 0.3])

@@ -67,6 +67,12 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--enclosing", type=_names, default=[], metavar="CLASS,CLASS", help="classes without holes, such as glands"
     )
     parser.add_argument(
+        "--subtypes",
+        type=_names,
+        metavar="CLASS,CLASS",
+        help="classes that are subtypes of one tissue (default: as held-out proportions say; '' for none)",
+    )
+    parser.add_argument(
         "--recipe", metavar="NAME", help="fit the head as a method for comparison does, such as llp_vat, or by a JSON file"
     )
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep features of frozen backbones for other runs")
@@ -316,6 +322,7 @@ def _training_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "finetune": options.finetune,
         "rounds": options.rounds,
         "enclosing": options.enclosing,
+        "subtypes": options.subtypes,
         "recipe": options.recipe,
         "feature_cache": options.feature_cache,
         "restart": options.restart,

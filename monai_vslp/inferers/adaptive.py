@@ -87,7 +87,7 @@ def _seen_apart(network: torch.nn.Module) -> tuple[int | None, bool]:
     window = getattr(network, "window", None)
     context = getattr(getattr(network, "head", None), "context", (1,))
     edge = None if window is None else math.ceil(window / min(getattr(network, "magnifications", (1.0,))))
-    return edge, max(context) > 1
+    return edge, max(context) > 1 or getattr(network, "subtypes", None) is not None
 
 
 class AdaptiveTTAInferer(Inferer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from monai_vslp.networks.adapters import add_lora
 from monai_vslp.networks.backbone import TokenBackbone
 from monai_vslp.networks.baseline_heads import ActivationMapHead, ClusterHead, MaskedHead
 from monai_vslp.networks.feature_cache import FeatureCache
-from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead
+from monai_vslp.networks.heads import AdditiveHead, DenseHead, PatchHead, pool_subtypes
 from monai_vslp.utils.errors import InputError
 
 __all__ = ["ConfidenceNet", "pool_proportions", "token_mass"]
@@ -88,6 +88,25 @@ def _window_weight(rows: int, columns: int) -> torch.Tensor:
     return torch.outer(*ramps)
 
 
+def _checked_subtypes(subtypes: Mapping[str, Any], num_classes: int) -> tuple[tuple[int, ...], int]:
+    """Indices of classes, and the edge of a square in tokens.
+
+    Raises:
+        InputError: other keys, classes that are not there or fewer than two, or an edge that is no odd number.
+    """
+    form = 'such as {"classes": [1, 2], "edge": 9}'
+    if not isinstance(subtypes, Mapping) or set(subtypes) != {"classes", "edge"}:
+        raise InputError(f"subtypes must have the keys classes and edge, {form}, got {subtypes}.")
+    classes, edge = subtypes["classes"], subtypes["edge"]
+    if any(not isinstance(c, int) or not 0 <= c < num_classes for c in classes) or len(set(classes)) != len(classes):
+        raise InputError(f"classes of subtypes must be different indices from 0 to {num_classes - 1}, {form}, got {classes}.")
+    if len(classes) < 2:
+        raise InputError(f"there must be two subtypes at least, {form}, got the classes {classes}.")
+    if not isinstance(edge, int) or edge < 1 or edge % 2 == 0:
+        raise InputError(f"the edge for subtypes must be an odd number of tokens, {form}, got {edge}.")
+    return tuple(classes), edge
+
+
 class ConfidenceNet(nn.Module):
     """Backbone, head, and the windows within which tokens see each other.
 
@@ -111,6 +130,9 @@ class ConfidenceNet(nn.Module):
         hidden: width of a hidden layer in the head; 0 for a linear one; of the correction of an additive head; clusters.
         context: of an additive head, edges of the squares of tokens around a token that it sees, such as ``[1, 9, 31]``; None
             for the token alone.
+        subtypes: ``{"classes": [1, 2], "edge": 9}``: classes that are subtypes of one tissue, told apart by all of it in
+            squares of so many tokens (:func:`~monai_vslp.networks.heads.pool_subtypes`), in :meth:`forward`; the head is
+            trained without. None for no such classes.
         dropout: dropout before the head.
         window: edge of the windows in px of what the backbone sees, a multiple of its stride (of the coarsest block's, where
             they differ); None to see the whole input at once.
@@ -143,6 +165,7 @@ class ConfidenceNet(nn.Module):
         head: str = "dense",
         hidden: int = 0,
         context: Sequence[int] | None = None,
+        subtypes: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         window: int | None = 224,
         magnifications: Sequence[float] | None = None,
@@ -161,6 +184,7 @@ class ConfidenceNet(nn.Module):
             raise InputError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
         if context is not None and head != "additive":
             raise InputError(f"context {context} is for the additive head, got the head {head!r}.")
+        self.subtypes = None if subtypes is None else _checked_subtypes(subtypes, num_classes)
         self.backbone = TokenBackbone(backbone, blocks, weights, pretrained, **(backbone_kwargs or {}))
         scales = sorted(float(scale) for scale in ([1.0] if magnifications is None else magnifications))
         if not scales or scales[0] <= 0 or any(scales[-1] % scale for scale in scales):
@@ -308,6 +332,8 @@ class ConfidenceNet(nn.Module):
             Logits, shape ``[B, C, H, W]``: those of the tokens, interpolated linearly between token centres.
         """
         logits = self.head(self.features(x))
+        if self.subtypes is not None:
+            logits = pool_subtypes(logits, *self.subtypes)
         size = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
         logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
         return logits[..., : x.shape[-2], : x.shape[-1]]

@@ -11,7 +11,7 @@ from torch import nn
 
 from monai_vslp.utils.errors import InputError
 
-__all__ = ["AdditiveHead", "DenseHead", "PatchHead", "neighbourhood_mean"]
+__all__ = ["AdditiveHead", "DenseHead", "PatchHead", "neighbourhood_mean", "pool_subtypes"]
 
 
 class DenseHead(nn.Sequential):
@@ -64,6 +64,38 @@ def _line_means(length: int, edge: int, like: torch.Tensor) -> torch.Tensor:
     at = torch.arange(length, device=like.device)
     near = (at[:, None] - at).abs() <= edge // 2
     return near.to(like.dtype) / near.sum(dim=1, keepdim=True)
+
+
+def pool_subtypes(logits: torch.Tensor, classes: Sequence[int], edge: int) -> torch.Tensor:
+    r"""Tell the subtypes of one tissue apart by all of that tissue nearby, not by single tokens.
+
+    Where the tissue is, a token knows best; of which subtype it is, its neighbours of the same tissue know as much. With the
+    softmax :math:`u` of the logits :math:`z`, subtypes :math:`S` and :math:`g_i = \sum_{c\in S} u_{ic}`,
+
+    .. math::
+        u'_{ic} = g_i\,\mathrm{softmax}_{c\in S}\Bigl(
+        \frac{\sum_{j\in N(i)} g_j \log (u_{jc}/g_j)}{\sum_{j\in N(i)} g_j}\Bigr),\qquad c \in S,
+
+    over the square :math:`N(i)` around token i. :math:`g` and all other classes stay as they are.
+
+    Args:
+        logits: shape ``[B, C, h, w]``.
+        classes: :math:`S`, indices of two classes at least.
+        edge: of the square in tokens, odd; 1 changes nothing.
+
+    Returns:
+        Logits :math:`\log u'`, shape ``[B, C, h, w]``, float32 at least.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    others = [c for c in range(logits.shape[1]) if c not in classes]
+    order = [*others, *classes]
+    back = [order.index(c) for c in range(len(order))]
+    log_u = logits.log_softmax(dim=1)
+    log_g = log_u[:, list(classes)].logsumexp(dim=1, keepdim=True)
+    weight = log_g.exp().clamp_min(1e-6)  # where there is none of the tissue at all, a plain mean
+    evidence = weight * (log_u[:, list(classes)] - log_g)
+    pooled = neighbourhood_mean(evidence, edge) / neighbourhood_mean(weight, edge)
+    return torch.cat([log_u[:, others], log_g + pooled.log_softmax(dim=1)], dim=1)[:, back]
 
 
 class AdditiveHead(nn.Module):

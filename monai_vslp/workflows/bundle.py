@@ -48,6 +48,7 @@ NETWORK = (
     "head",
     "hidden",
     "context",
+    "subtypes",
     "window",
     "mean",
     "std",

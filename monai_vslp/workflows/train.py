@@ -20,6 +20,7 @@ from monai_vslp.utils.atomic import atomic_path, write_json
 from monai_vslp.utils.errors import InputError
 from monai_vslp.workflows.bundle import NETWORK, create_run, read_config, run_config, template
 from monai_vslp.workflows.processes import check_processes, run_processes
+from monai_vslp.workflows.subtypes import find_subtypes
 
 __all__ = ["FROM_SCRATCH", "RECIPES", "train"]
 
@@ -85,6 +86,7 @@ NO_SETTINGS = (
     "feature_cache",
     "rounds",
     "enclosing",
+    "subtypes",
     "mpp",
 )  # of the fit
 ASSUMED_MPP = 0.5  # µm/px (20x to 40x scanners), recorded where neither the table nor the user says
@@ -117,6 +119,7 @@ def train(
     finetune: bool = False,
     rounds: int | None = None,
     enclosing: Sequence[str] = (),
+    subtypes: Sequence[str] | None = None,
     recipe: str | Path | None = None,
     feature_cache: str | Path | None = None,
     restart: bool = False,
@@ -133,6 +136,7 @@ def train(
     Where the proportions of held-out images (split ``val``) are met better by 5 % if the head sees the surroundings of tokens
     too, it does. Otherwise rounds of self-training follow, in which a more flexible head learns the maps that the first one
     and the proportions agree on; a round counts unless held-out proportions are met worse after it (by 5 % if estimated).
+    Classes that are subtypes of one tissue are told apart by all of it nearby where held-out proportions are met better so.
     Proportions that people estimated (raters disagree, or all entries are multiples of 5 %) get a stronger entropy term and
     pseudo-labels that doubt them.
     ``finetune`` trains the backbone too: of one with weights the head learns alone in the first tenth of the epochs, and rates
@@ -156,6 +160,9 @@ def train(
             None for 1 unless it sees their surroundings.
         enclosing: names of classes without holes, such as glands with their lumens: self-training learns the holes too, so
             that ``rounds`` is at least 1 unless it is given.
+        subtypes: names of the classes that are subtypes of one tissue, such as benign and malignant glands, for a frozen
+            backbone and images of split ``val``. None to find them by the proportions of these (:mod:`.subtypes`); empty for
+            none.
         recipe: another way to fit a head to the same bags: one of :data:`RECIPES`, or a JSON file of the same kind, an overlay
             of ``train.json`` and ``train_head.json``. No surroundings and no rounds then. None for the way above.
         feature_cache: folder where features of frozen backbones are kept for other runs too; None to keep none.
@@ -184,6 +191,10 @@ def train(
         raise InputError(f"table {table} has the one class {cohort.classes[0]!r}; give at least two columns of proportions.")
     if unknown := [name for name in enclosing if name not in cohort.classes]:
         raise InputError(f"enclosing names {unknown[0]!r}, which is no class of {table}; it has {', '.join(cohort.classes)}.")
+    if unknown := [name for name in subtypes or () if name not in cohort.classes]:
+        raise InputError(f"subtypes names {unknown[0]!r}, which is no class of {table}; it has {', '.join(cohort.classes)}.")
+    if subtypes and len(set(subtypes)) < 2:
+        raise InputError(f"subtypes must name two classes of {table} at least, got {', '.join(subtypes)}.")
     if rounds is not None and rounds < 0:
         raise InputError(f"rounds of self-training must be at least 0, got {rounds}.")
     folder = open_backbone(backbone) if is_folder(backbone) else None
@@ -203,6 +214,11 @@ def train(
     defaults = read_config(template(), "train.json") | (FROM_SCRATCH if scratch else {})
     defaults |= {} if start is None else {"epochs": read_config(template(), FINETUNE)["epochs"]}
     asked = defaults | ({} if epochs is None else {"epochs": epochs}) | overrides
+    if subtypes and not (fitted and len(cohort.split("val")) > 0):
+        raise InputError(
+            "how far subtypes look is chosen by held-out proportions, with a frozen backbone: give weights, no finetune, and "
+            "some rows of the table the split 'val'; or leave subtypes out."
+        )
     if processes != 1 and fitted:
         raise InputError("heads of frozen backbones are fitted by one process: leave out processes, or give finetune.")
     check_processes(processes, asked["batch_size"])
@@ -280,6 +296,12 @@ def train(
     if chosen:
         create_run(run, values | chosen | {"rounds": 0}, cohort.classes)
     _self_training(run, held_out, ESTIMATED_GATE if estimated else GATE, progress, tracked)
+    searched = subtypes is None and len(cohort.classes) > 2 and not overlay
+    if held_out and (searched or subtypes):
+        named = None if subtypes is None else [cohort.classes.index(name) for name in subtypes]
+        bag_dir = values.get("bag_dir", run / "models" / "bags")
+        if found := find_subtypes(run, cohort, named, bag_dir, progress):
+            create_run(run, values | chosen | ({"rounds": 0} if chosen else {}) | {"subtypes": found}, cohort.classes)
     shutil.rmtree(run / "models" / "bags", ignore_errors=True)  # they served all fits and rounds, and may be large
     return run
 
@@ -301,6 +323,8 @@ def _start(start: str | Path, cohort: Cohort, alone: bool) -> dict[str, Any]:
     if not same:
         logger.info("%s knows the classes %s: the head is learned anew.", start, ", ".join(config["classes"]))
     values |= {"freeze_backbone": False, "cache_features": False, "consistency_weight": 0.0}
+    if not same:
+        values["subtypes"] = None  # indices of other classes
     return values | {
         "learning_rate": read_config(template(), FINETUNE)["learning_rate"],
         "start": str(model.absolute()),

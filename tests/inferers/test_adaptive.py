@@ -149,13 +149,15 @@ def test_batches_of_windows_are_bounded():
     assert {shape[0] for shape in network.seen[1:]} == {5, 2}
 
 
-@pytest.mark.parametrize("context", [None, [1, 5]])
-def test_confidence_network(context):
+BEYOND = ({"head": "additive", "context": [1, 5]}, {"subtypes": {"classes": [1, 2], "edge": 5}})
+
+
+@pytest.mark.parametrize("beyond", [{}, *BEYOND], ids=["windows", "context", "subtypes"])
+def test_confidence_network(beyond):
     """A network that sees windows apart is asked for those; one whose head looks beyond them, for whole images."""
     torch.manual_seed(0)
-    head = {"head": "additive", "context": context} if context else {}
     network = ConfidenceNet(
-        3, backbone_kwargs=SMALL_BACKBONE | {"img_size": WINDOW}, blocks=[0, 1], window=WINDOW, **head
+        3, backbone_kwargs=SMALL_BACKBONE | {"img_size": WINDOW}, blocks=[0, 1], window=WINDOW, **beyond
     ).eval()
     x = images()
     with torch.inference_mode():
@@ -164,7 +166,7 @@ def test_confidence_network(context):
         found = adaptive(x, network)
     difference = (found - full).abs().amax(dim=(0, 1))
     assert adaptive.spent.tolist() == [8.0, 8.0]
-    if context:
+    if beyond:
         shifted = adaptive_views("shifts", threshold=2, share=0)
         seen = []
         handle = network.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
